@@ -1,0 +1,265 @@
+"""The networks, every part by hand. All take (z, t, y=None) and return a tensor shaped as z.
+
+What the output means (x, e or v) is decided in fm.py; here it is only numbers. Shapes in the right-hand column:
+B batch, N tokens, D width, H heads, d = D/H, P = C * patch^2 numbers in a patch.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Time
+
+
+def sinusoidal(t, dim, max_period=10000.0):
+    """(B,) -> (B, dim): sines and cosines of t at geometrically spaced frequencies (Vaswani et al. 2017, 3.5).
+
+    t in [0, 1] is stretched by 1000, so that the fastest wave turns many times over the unit interval.
+    """
+    frequency = torch.exp(-math.log(max_period) / (dim // 2) * torch.arange(dim // 2, device=t.device))
+    angle = 1000 * t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# MLP, for points
+
+
+class MLP(nn.Module):
+    """[z, t] -> as z. Time is one more input number."""
+
+    def __init__(self, dim=2, width=64, depth=3):
+        super().__init__()
+        sizes = [dim + 1] + [width] * depth
+        layers = []
+        for a, b in zip(sizes[:-1], sizes[1:]):
+            layers += [nn.Linear(a, b), nn.SiLU()]
+        self.net = nn.Sequential(*layers, nn.Linear(width, dim))
+
+    def forward(self, z, t, y=None):
+        return self.net(torch.cat([z, t[:, None]], dim=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures <-> tokens
+
+
+def strides_that_fit(res, patch):
+    """Strides that tile res exactly with patches, gaps excluded."""
+    return [s for s in range(1, patch + 1) if (res - patch) % s == 0]
+
+
+def check_stride(res, patch, stride):
+    """Raises ValueError, naming the nearest strides that fit, unless patches at this stride tile the picture."""
+    if patch > res:
+        raise ValueError(f"patch {patch} is larger than the picture ({res} pixels)")
+    if stride not in strides_that_fit(res, patch):
+        near = sorted(sorted(strides_that_fit(res, patch), key=lambda s: abs(s - stride))[:2])
+        raise ValueError(
+            f"stride {stride} does not fit: it must be at most patch = {patch}, and (res - patch) = {res - patch} "
+            f"a multiple of it; nearest that fit: {', '.join(map(str, near))}"
+        )
+
+
+def patchify(z, patch, stride):
+    """Cuts pictures into patches, overlapping where stride < patch."""
+    return F.unfold(z, patch, stride=stride).transpose(1, 2)  # (B, C, H, W) -> (B, N, P)
+
+
+def unpatchify(patches, res, patch, stride):
+    """Puts patches back, averaging where they overlap.
+
+    fold adds up what overlaps, so a pixel covered four times would come out four times as bright: hence the
+    division by the normalisation mask, the fold of ones.
+    """
+    total = F.fold(patches.transpose(1, 2), res, patch, stride=stride)  # (B, N, P) -> (B, C, H, W)
+    return total / overlap(res, patch, stride, patches.device) if stride < patch else total
+
+
+def overlap(res, patch, stride, device=None):
+    """How many patches cover each pixel: the fold of ones."""
+    ones = torch.ones(1, 1, res, res, device=device)
+    return F.fold(F.unfold(ones, patch, stride=stride), res, patch, stride=stride)  # (1, 1, H, W)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Position
+
+
+def grid_positions(side):
+    """Row and column of each token, centred on 0."""
+    r = torch.arange(side) - (side - 1) / 2
+    return torch.cartesian_prod(r, r)  # (N, 2)
+
+
+def position_table(side, dim):
+    """Fixed sine-cosine embedding of (row, column), added to the tokens once: a quarter of the width per wave."""
+    frequency = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))
+    angle = grid_positions(side)[:, :, None] * frequency  # (N, 2, D/4)
+    return torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1)  # (N, D)
+
+
+def rope_table(side, dim):
+    """2-D rotary positions (Su et al. 2021, arXiv 2104.09864, once per axis): cos and sin for `rope`.
+
+    Of the d/2 pairs in a head, half turn with the row, half with the column; 100 as the base, not 10,000, because
+    a picture is some 20 tokens wide, not thousands.
+    """
+    frequency = 100.0 ** -(torch.arange(dim // 4) / (dim // 4))
+    angle = (grid_positions(side)[:, :, None] * frequency).flatten(1)  # (N, 2, d/4) -> (N, d/2)
+    return angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)  # (N, d) each
+
+
+def rope(q, cos, sin):
+    """Rotates each pair (q_i, q_{i + d/2}) by its token's angle, so that q . k depends only on where the one token
+    lies relative to the other."""
+    return q * cos + q.roll(q.shape[-1] // 2, dims=-1) * sin  # (B, H, N, d)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts of the transformer. Linear layers inside the blocks carry no bias: it costs a pass over the tokens each way.
+
+
+def inverse_rms(z, eps=1e-6):
+    """1 / sqrt(mean(z^2)) over the last axis, summed in float32."""
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float32)
+    return (norm.square() / z.shape[-1] + eps).rsqrt().to(z.dtype)
+
+
+class RMSNorm(nn.Module):
+    """weight * z / rms(z) (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, z):
+        return z * inverse_rms(z) * self.weight.to(z.dtype)
+
+
+class Derf(nn.Module):
+    """gamma * erf(alpha z + s) + beta in RMSNorm's place: squashes each number by itself, no statistics over the
+    token (Chen et al. 2025, arXiv 2512.10938). alpha and s are one learned number each."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(0.5))
+        self.s = nn.Parameter(torch.tensor(0.0))
+        self.gamma = nn.Parameter(torch.ones(dim))
+        self.beta = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, z):
+        squashed = torch.erf(self.alpha.to(z.dtype) * z + self.s.to(z.dtype))
+        return self.gamma.to(z.dtype) * squashed + self.beta.to(z.dtype)
+
+
+NORMS = {"rms": RMSNorm, "derf": Derf}
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v, written out."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
+    return scores.softmax(dim=-1) @ v  # (B, H, N, d)
+
+
+# The same function without ever storing the N x N scores (FlashAttention). By far the faster one on a GPU; on a CPU
+# in bfloat16 its backward pass is the slower one for the few tokens of a small picture.
+ATTENTION = {"hand": attend, "fused": F.scaled_dot_product_attention}
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads, attention):
+        super().__init__()
+        self.heads, self.attention = heads, attention
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.k = nn.Linear(dim, dim, bias=False)
+        self.v = nn.Linear(dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, z, cos, sin):
+        B, N, D = z.shape
+        q, k, v = (f(z).view(B, N, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, N, d)
+        # QK-norm bounds the scores by sqrt(d), so that no softmax saturates (Henry et al. 2020, arXiv 2010.04245).
+        q = rope(q * inverse_rms(q), cos, sin)
+        k = rope(k * inverse_rms(k), cos, sin)
+        mixed = ATTENTION[self.attention](q, k, v)  # (B, H, N, d)
+        return self.out(mixed.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
+
+
+class SwiGLU(nn.Module):
+    """A feed-forward layer with a gate that is itself computed (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        hidden = round(dim * 8 / 3 / 64) * 64  # three matrices of 8/3 D cost as much as the usual two of 4 D
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, z):
+        return self.down(F.silu(self.gate(z)) * self.up(z))  # (B, N, D)
+
+
+class Block(nn.Module):
+    """Time (and label) scale what enters each branch and gate what leaves it (adaLN-Zero, Peebles & Xie 2022,
+    arXiv 2212.09748). There is no shift: RMSNorm has none either."""
+
+    def __init__(self, dim, heads, norm, attention):
+        super().__init__()
+        self.norm1, self.attention = NORMS[norm](dim), Attention(dim, heads, attention)
+        self.norm2, self.swiglu = NORMS[norm](dim), SwiGLU(dim)
+        self.modulation = nn.Linear(dim, 4 * dim)
+        nn.init.zeros_(self.modulation.weight)  # all gates closed: at the start every block passes z on unchanged,
+        nn.init.zeros_(self.modulation.bias)  # and the deep network trains like a shallow one
+
+    def forward(self, z, c, cos, sin):
+        scale1, gate1, scale2, gate2 = self.modulation(c)[:, None].chunk(4, dim=-1)  # (B, 1, D) each
+        z = z + gate1 * self.attention(self.norm1(z) * (1 + scale1), cos, sin)  # (B, N, D)
+        return z + gate2 * self.swiglu(self.norm2(z) * (1 + scale2))  # (B, N, D)
+
+
+class Transformer(nn.Module):
+    """Pictures as sequences of overlapping patches, straight from the pixels ("Just image Transformer", Li & He
+    2025, arXiv 2511.13720)."""
+
+    def __init__(self, res, channels=3, patch=16, stride=12, width=768, depth=12, heads=12, norm="rms",
+                 attention="fused", bottleneck=128):
+        super().__init__()
+        check_stride(res, patch, stride)
+        if width % heads or width // heads % 4:
+            raise ValueError(f"width {width} must split into {heads} heads of a multiple of 4 numbers each")
+        self.res, self.patch, self.stride = res, patch, stride
+        side = (res - patch) // stride + 1
+        P = channels * patch**2
+        # Through 128 numbers a patch: natural patches need no more, and noise cannot all pass (JiT, section 4.3).
+        self.embed = nn.Sequential(nn.Linear(P, bottleneck, bias=False), nn.Linear(bottleneck, width))
+        self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList([Block(width, heads, norm, attention) for _ in range(depth)])
+        self.norm = NORMS[norm](width)
+        self.head = nn.Linear(width, P)
+        if norm == "rms":  # start from "grey" rather than from random pixels; Derf's paper keeps the usual start
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+        cos, sin = rope_table(side, width // heads)
+        for name, table in (("position", position_table(side, width)), ("cos", cos), ("sin", sin)):
+            self.register_buffer(name, table, persistent=False)  # moves with the network, is not saved with it
+
+    def forward(self, z, t, y=None):
+        c = F.silu(self.time(sinusoidal(t, 256)))  # (B, D)
+        h = self.embed(patchify(z, self.patch, self.stride))  # (B, N, D)
+        h = h + self.position.to(h.dtype)
+        cos, sin = self.cos.to(h.dtype), self.sin.to(h.dtype)
+        for block in self.blocks:
+            h = block(h, c, cos, sin)
+        patches = self.head(self.norm(h)).float()  # (B, N, P); pixels are summed and averaged in float32
+        return unpatchify(patches, self.res, self.patch, self.stride)  # (B, C, H, W)
+
+
+def build(kind, **sizes):
+    """A network from plain numbers and strings, so that a checkpoint can rebuild its own. ValueError: sizes that
+    do not fit together."""
+    return {"mlp": MLP, "transformer": Transformer}[kind](**sizes)

@@ -1,0 +1,536 @@
+"""Trains a flow: noise in, pictures out.
+
+    python train.py                                                cartoon faces, a few minutes on a laptop's CPU
+    python train.py --data moons --ot                              points in the plane, seconds
+    python train.py --data celeba --res 256                        the real job, on a GPU
+    torchrun --nproc_per_node=8 train.py --data celeba --res 256   on eight
+
+Everything a run needs to be understood is in Config below; everything it leaves behind is in out/<data>-<res>.
+"""
+
+import argparse
+import copy
+import csv
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import fm
+import model
+import sample
+
+
+@dataclasses.dataclass
+class Config:
+    """Every number of a run, and so every flag: `--name value`. The comment is the flag's help."""
+
+    # what is learned
+    data: str = "faces"  # faces, celeba, moons, 8gaussians, checkerboard, spirals, or a folder or zip of pictures
+    res: int = 32  # pixels a side; pictures are cropped to the centre square and resized
+    root: str = "data"  # where datasets are looked for, and packed arrays kept (in cache/)
+    flip: bool = True  # mirror half of the pictures, at random
+    # the flow
+    predict: str = "x"  # what the network says: x, e or v
+    loss: str = "v"  # in which of x, e, v the squared error is taken
+    path: str = "linear"  # linear or cosine
+    time: str = "logit-normal"  # logit-normal or uniform training times
+    t_mean: float = None  # mean of the logit-normal; by default -0.8 - log(res/256)
+    ot: bool = False  # pair noise with data by optimal transport
+    ot_block: int = 64  # in groups of so many: the assignment costs O(n^3), the gain flattens about here
+    # the network
+    model: str = "transformer"  # transformer or mlp
+    patch: int = 8  # pixels a side of a patch
+    stride: int = 4  # pixels from one patch to the next; below `patch` they overlap
+    width: int = 256  # numbers per token, or per layer of the MLP
+    depth: int = 4  # blocks, or layers
+    heads: int = 4  # attention heads
+    norm: str = "rms"  # rms or derf
+    attention: str = ""  # fused or hand (written out); by default fused, but hand on a CPU in bf16, where it is faster
+    # optimisation
+    optimizer: str = "muon"  # muon (AdamW for what is no matrix of a block) or adamw
+    steps: int = 600  # gradient steps
+    batch: int = 64  # samples a step, over all processes together
+    lr: float = 1e-3  # peak learning rate
+    warmup: int = 50  # steps of linear warm-up
+    cooldown: float = 0.3  # the last part of the steps, in which the rate falls linearly to zero
+    decay: float = 0.0  # AdamW's weight decay
+    clip: float = 1.0  # larger gradients are scaled down to this norm
+    ema: float = 0.99  # decay of the averaged weights, the ones to sample from
+    # the run
+    seed: int = 0  # all randomness follows from it
+    device: str = "auto"  # auto, cpu, cuda or mps
+    bf16: bool = True  # matrix products in bfloat16, where the hardware has them
+    compile: bool = True  # torch.compile, on CUDA only
+    out: str = ""  # where results go; by default out/<data>-<res>
+    log: int = 20  # steps between lines of the log
+    preview: int = 200  # steps between previews, held-out losses and checkpoints
+
+
+def preset(name, res):
+    """The fields that differ from Config's own (which are those of cartoon faces at 32 x 32)."""
+    if name in data.POINTS:
+        return dict(model="mlp", optimizer="adamw", predict="v", width=128, depth=4, time="uniform", steps=4000, batch=256, lr=2e-3, ema=0.999,
+                    log=200, preview=1000)
+    if res >= 128:  # JiT-B/16 with overlap: about 115M parameters
+        return dict(patch=res // 16, stride=fitting_stride(res, res // 16), width=768, depth=12, heads=12, optimizer="adamw",
+                    lr=2e-4, steps=160_000, batch=128, warmup=2000, cooldown=0.0, ema=0.9999, log=50, preview=2000)
+    if res == 32:
+        return {}
+    return dict(patch=8, stride=fitting_stride(res, 8), width=384, depth=8, heads=6, lr=5e-4, steps=20_000,
+                warmup=500, ema=0.999, log=50, preview=1000)
+
+
+def fitting_stride(res, patch):
+    """The stride that fits nearest to three quarters of the patch: 12 for 16 at 256 pixels."""
+    return min(model.strides_that_fit(res, patch), key=lambda s: abs(s - 0.75 * patch))
+
+
+CHOICES = {"predict": ["x", "e", "v"], "loss": ["x", "e", "v"], "path": list(fm.PATHS),
+           "time": ["logit-normal", "uniform"], "model": ["transformer", "mlp"], "norm": list(model.NORMS),
+           "attention": list(model.ATTENTION), "optimizer": ["muon", "adamw"]}
+# What a checkpoint's weights mean; none of it can change on the way.
+FIXED = ("data", "res", "predict", "path", "model", "patch", "stride", "width", "depth", "heads", "norm",
+         "optimizer")
+PREVIEW_PICTURES, PREVIEW_STEPS = 36, 20
+HELD_OUT_PICTURES = 200
+
+
+def parse(argv):
+    """Command line -> (given fields, resume, bench). The flags and their help are made from Config and its comments."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    for field in dataclasses.fields(Config):
+        how = dict(type=field.type, choices=CHOICES.get(field.name), metavar=field.name.upper())
+        if field.type is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        default = "" if field.default in (None, "") else f" [{field.default}]"
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=(helps[field.name] + default).replace("%", "%%"), **how)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--bench", action="store_true", help="time the training step instead of training")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
+        data.refuse(f"no flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+    given = vars(args)
+    return given, given.pop("resume"), given.pop("bench")
+
+
+def resolve(given):
+    """The given fields over the preset's over Config's. Refuses what cannot work."""
+    name, res = given.get("data", Config.data), given.get("res", Config.res)
+    if res < 8:
+        data.refuse(f"--res {res} is too small: at least 8")
+    config = Config(**{**preset(name, res), **given})
+    config.out = config.out or f"out/{Path(name).stem}" + ("" if name in data.POINTS else f"-{res}")
+    for field in ("steps", "batch", "lr", "clip", "patch", "stride", "width", "depth", "heads", "ot_block", "log", "preview"):
+        if not getattr(config, field) > 0:
+            data.refuse(f"--{field.replace('_', '-')} {getattr(config, field)}: must be more than 0")
+    for field in ("cooldown", "ema"):
+        if not 0 <= getattr(config, field) <= 1:
+            data.refuse(f"--{field} {getattr(config, field)}: must lie between 0 and 1")
+    if (config.model == "mlp") != (name in data.POINTS):
+        data.refuse(f"--model {config.model} does not go with --data {name}: mlp is for points, transformer for pictures")
+    return config
+
+
+def network(config):
+    """Sizes for model.build."""
+    if config.model == "mlp":
+        return dict(kind="mlp", width=config.width, depth=config.depth)
+    return dict(kind="transformer", res=config.res, patch=config.patch, stride=config.stride, width=config.width,
+                depth=config.depth, heads=config.heads, norm=config.norm, attention=config.attention)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What goes into a step
+
+
+def to_tensor(pixels, device):
+    """uint8 (n, H, W, C) array -> float32 (n, C, H, W) tensor in [-1, 1]; it travels to the device as bytes."""
+    pixels = torch.from_numpy(pixels)
+    if device.type == "cuda":
+        pixels = pixels.pin_memory().to(device, non_blocking=True)
+    return pixels.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def batch(config, images, step, rank, world, device):
+    """One process's share of a step: x, e (B, ...) and t (B,), a pure function of (seed, step, rank).
+
+    images: the packed array, or None for points.
+    """
+    n = config.batch // world
+    seed = data.key(config.seed, data.BATCH, step, rank)
+    g = torch.Generator(device).manual_seed(seed)
+    if images is None:
+        x = torch.from_numpy(data.points(config.data, n, np.random.default_rng(seed))).to(device)
+    else:
+        train, _ = data.split(len(images))
+        chosen = data.batch_indices(len(train), config.batch, step, config.seed)[rank * n : (rank + 1) * n]
+        x = to_tensor(images[train[chosen]], device)
+        if config.flip:
+            x = torch.where(torch.rand(n, 1, 1, 1, generator=g, device=device) < 0.5, x, x.flip(3))
+    e = torch.randn(x.shape, generator=g, device=device)
+    if config.ot:
+        e = fm.ot_pair(x, e, config.ot_block)
+    mean = fm.logit_normal_mean(config.res) if config.t_mean is None else config.t_mean
+    t = fm.sample_t(n, None if config.time == "uniform" else mean, generator=g, device=device)
+    return x, e, t
+
+
+def cooldown_start(config):
+    return config.steps - int(config.cooldown * config.steps)
+
+
+def learning_rate(config, step):
+    """Linear warm-up, constant, linear cool-down."""
+    up = min(1, (step + 1) / (config.warmup + 1))
+    down = min(1, (config.steps - step) / (config.steps - cooldown_start(config) + 1))
+    return config.lr * up * down
+
+
+def make_optimizers(net, config):
+    """AdamW alone, or Muon for the matrices inside the blocks and AdamW for the rest.
+
+    Muon (Jordan et al. 2024; torch.optim.Muon) replaces a matrix's gradient by the nearest orthogonal matrix, so that
+    all its directions learn at one pace. Scaled to the size of AdamW's steps, both share a learning rate. In short
+    runs it gets as far as AdamW in about half the steps.
+    """
+    matrices = []
+    if config.optimizer == "muon":
+        matrices = [w for name, w in net.named_parameters() if "blocks." in name and "modulation" not in name and w.ndim == 2]
+    chosen = set(map(id, matrices))
+    rest = [w for w in net.parameters() if id(w) not in chosen]
+    optimizers = [torch.optim.AdamW(rest, config.lr, (0.9, 0.95), weight_decay=config.decay, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, config.lr, config.decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+@torch.no_grad()
+def held_out(net, config, images, device):
+    """Loss on data never trained on, in ten bins of t from 0 (noise) to 1 (data); the same data and noise each time."""
+    if images is None:
+        x = torch.from_numpy(data.points(config.data, 1000, np.random.default_rng(data.key(0, data.HELD_OUT, 0))))
+    else:
+        x = to_tensor(images[data.split(len(images))[1][:HELD_OUT_PICTURES]], torch.device("cpu"))
+        x = x.repeat(-(-10 // len(x)), 1, 1, 1)  # a tiny dataset still fills ten bins
+    e = torch.randn(x.shape, generator=torch.Generator().manual_seed(data.key(0, data.HELD_OUT, 1)))
+    t = (torch.arange(len(x)) + 0.5) / len(x)
+    with sample.autocast(device, config.bf16):
+        parts = [fm.loss(net, *(p.to(device) for p in part), None, config.predict, config.loss, fm.PATHS[config.path])
+                 for part in zip(x.split(50), e.split(50), t.split(50))]
+    return [part.mean().item() for part in torch.cat(parts).tensor_split(10)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+
+def save(path, net, ema, optimizers, config, step):
+    """Replaces path whole or not at all, so that a kill or a full disk leaves the old file. Refuses broken weights."""
+    weights = net.state_dict()
+    if not torch.stack([w.isfinite().all() for w in weights.values()]).all():
+        fail(f"the weights are no longer finite at step {step}; {path} is left as it was; try a lower --lr")
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save({"step": step, "config": dataclasses.asdict(config), "net": network(config), "weights": weights,
+                        "ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        part.unlink(missing_ok=True)
+        fail(f"could not write {path} ({error}); what was there before is untouched")
+
+
+def fail(message):
+    """Something went wrong that is no mistake in the command: one line, exit status 1."""
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def resume_from(given):
+    """(checkpoint, config): the one in the run's folder, its config changed by the given fields.
+
+    More --steps move the cool-down, so a run whose learning rate has already begun to fall goes back to stable.pt,
+    saved at the moment before it did. So k steps and then n - k more are the same as n steps at once, to the bit.
+    """
+    out = Path(resolve(given).out)
+    checkpoint, config, was = read_checkpoint(out / "ckpt.pt", given)
+    if config.steps == was.steps and checkpoint["step"] == was.steps:
+        data.refuse(f"{out} has all its {was.steps} steps; to train longer, ask for more: --steps {2 * was.steps}")
+    unbent = min(cooldown_start(was), cooldown_start(config))
+    if config.steps != was.steps and checkpoint["step"] > unbent:
+        checkpoint, config, _ = read_checkpoint(out / "stable.pt", given)
+        if checkpoint["step"] > unbent:
+            data.refuse(f"{out} is at step {checkpoint['step']}, past where {config.steps} steps begin to cool down; ask for "
+                        f"more: --steps {2 * was.steps}")
+    return checkpoint, config
+
+
+def read_checkpoint(path, given):
+    """(checkpoint, its config changed by the given fields, its config); refuses what does not go together."""
+    if not path.is_file():
+        data.refuse(f"nothing to resume: no {path}; start without --resume, or name the run's folder: --out DIR")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        was = Config(**checkpoint["config"])
+    except Exception as error:  # torch.load alone raises half a dozen kinds for a damaged file
+        data.refuse(f"{path} is not a checkpoint of this program ({type(error).__name__}: {str(error).splitlines()[0]})")
+    config = dataclasses.replace(was, **{**given, "out": str(path.parent)})
+    for field in FIXED:
+        if getattr(config, field) != getattr(was, field):
+            data.refuse(f"--{field} {getattr(config, field)}: {path} was trained with {getattr(was, field)}; leave the flag "
+                        f"out, or start anew in another folder: --out DIR")
+    return checkpoint, config, was
+
+
+def set_aside(out):
+    """A new run never overwrites an old one: what lies in its place moves to out/before-1, or -2, ..."""
+    old = [out / name for name in ("ckpt.pt", "stable.pt", "log.csv", "loss.png", "samples") if (out / name).exists()]
+    if (out / "ckpt.pt").exists():
+        place = next(p for p in (out / f"before-{i}" for i in range(1, 1_000_000)) if not p.exists())
+        place.mkdir()
+        for path in old:
+            path.rename(place / path.name)
+        print(f"{out} held an earlier run; it is now in {place}")
+
+
+COLUMNS = ["step", "loss", "lr", "samples_s", "held_out", *(f"t{i}" for i in range(10))]
+EULER_STEPS = (1, 2, 4, 10, 100)
+
+
+def read_log(out):
+    if not (out / "log.csv").exists():
+        return []
+    with open(out / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_log(out, rows):
+    """log.csv and its picture, whole, so that no kill leaves half a line."""
+    part = out / "log.part"
+    with open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(out / "log.csv")
+    curves = {"training loss": "loss", "held-out loss": "held_out"}
+    curves = {name: [(int(r["step"]), float(r[c])) for r in rows if r.get(c)] for name, c in curves.items()}
+    data.plot({name: tuple(zip(*curve)) for name, curve in curves.items() if curve}, "step").save(out / "loss.png")
+
+
+def report(config, row, rate):
+    """One line of progress."""
+    left = (config.steps - row["step"]) * config.batch / rate
+    print(f"step {row['step']:>6,}/{config.steps:,}  loss {row['loss']:.4f}"
+          + (f"  held out {row['held_out']:.4f}" if "held_out" in row else "")
+          + f"  {rate:,.0f} samples/s  ETA {timedelta(seconds=round(left))}", flush=True)
+
+
+def wasserstein(ema, config, device):
+    """How far samples are from fresh data, by number of Euler steps: exact W2 on 2,048 points (claims of straighter
+    paths are claims about few steps). Returns {steps: W2}; 0 steps stands for the floor, data against data."""
+    fresh = [torch.from_numpy(data.points(config.data, 2048, np.random.default_rng(data.key(1, data.HELD_OUT, i))))
+             for i in range(2)]
+    e = sample.noise(2048, (2,), seed=1).to(device)
+    clouds = {0: fresh[1]} | {k: sample.generate(ema, dataclasses.asdict(config), e, k)[0].cpu() for k in EULER_STEPS}
+    with ThreadPoolExecutor() as pool:  # scipy's assignment releases the GIL
+        return dict(zip(clouds, pool.map(lambda cloud: fm.w2(cloud, fresh[0]), clouds.values())))
+
+
+def bench(config, train_step, device, world):
+    """Times the training step: warm-up, then the median of ten repeats."""
+
+    def seconds(f, repeats=10, inner=1):
+        times = []
+        for i in range(repeats + 3):
+            began = time.perf_counter()
+            for _ in range(inner):
+                f(i)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - began) / inner)
+        return float(np.median(times[3:]))
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step = seconds(train_step, inner=10 if device.type == "cuda" else 1)
+    sizes = network(config)
+    with torch.device("meta"):  # shapes without numbers, to count; attention written out, so that all of it counts
+        net = model.build(**{**sizes, **({"attention": "hand"} if "attention" in sizes else {})})
+        with FlopCounterMode(display=False) as counter:
+            net(torch.empty(1, *sample.shape_of(dataclasses.asdict(config))), torch.empty(1))
+    flop = 3 * counter.get_total_flops()  # the backward pass costs two forward passes
+    rate = config.batch / step * flop
+    print(f"{step * 1e3:.1f} ms/step  {config.batch / step:,.1f} samples/s  {flop / 1e9:.3f} GFLOP/sample  {rate / 1e9:,.0f} GFLOP/s")
+    a = torch.randn(8192 if device.type == "cuda" else 2048, 8192 if device.type == "cuda" else 2048, device=device)
+    for kind in (torch.float32, torch.bfloat16):
+        b = a.to(kind)
+        top = 2 * len(a) ** 3 / seconds(lambda _: b @ b) * world
+        print(f"  {rate / top:.0%} of a plain {kind} matrix product's {top / 1e9:,.0f} GFLOP/s".replace("torch.", ""))
+    if device.type == "cuda":
+        peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
+        mfu = f"  MFU {rate / world / peak / 1e12:.1%} of {peak} TFLOP/s (datasheet)" if peak else ""
+        print(f"  {torch.cuda.get_device_name()}{mfu}  peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+# Dense bf16 with float32 sums, from the makers' datasheets.
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def main(argv=None):
+    """Trains as the command line says; returns the averaged network."""
+    given, resume, bench_only = parse(argv)
+    checkpoint, config = resume_from(given) if resume else (None, resolve(given))
+    # torchrun says how many processes there are and which one this is.
+    rank, world, local = (int(os.environ.get(name, default))
+                          for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = sample.pick_device(config.device)
+    if config.batch % world:
+        data.refuse(f"--batch {config.batch} does not split evenly over {world} processes")
+    if not config.attention:
+        slow = device.type == "cpu" and sample.has_bf16(device) and config.bf16
+        config.attention = "hand" if slow else "fused"
+    try:
+        torch.manual_seed(config.seed)
+        net = model.build(**network(config))
+    except ValueError as error:
+        data.refuse(str(error))
+
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        # Hours, because the other processes wait while one packs.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+    if config.model == "mlp" and device.type == "cpu":
+        torch.set_num_threads(1)  # its layers take microseconds, sharing one among threads takes longer
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what is left in float32
+
+    images = None
+    if config.data not in data.POINTS:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: leaves no half-packed array
+        for turn in (0, 1):  # one process of a machine packs while the others wait
+            if turn == (local > 0):
+                images = data.load(config.data, config.root, config.res)[0]
+            if world > 1:
+                dist.barrier()
+
+    net.to(device)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimizers = make_optimizers(net, config)
+    first = 0
+    if checkpoint:
+        net.load_state_dict(checkpoint["weights"])
+        ema.load_state_dict(checkpoint["ema"])
+        for optimizer, kept in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(kept)
+        first = checkpoint["step"]
+    weights, averaged = list(net.parameters()), list(ema.parameters())
+    fast = DistributedDataParallel(net) if world > 1 else net
+    if config.compile and device.type == "cuda":
+        fast = torch.compile(fast)
+
+    def train_step(step):
+        """The whole method in ten lines. Returns the loss as a tensor: reading it would make the CPU wait."""
+        x, e, t = batch(config, images, step, rank, world, device)
+        with sample.autocast(device, config.bf16):
+            loss = fm.loss(fast, x, e, t, None, config.predict, config.loss, fm.PATHS[config.path]).mean()
+        net.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, config.clip)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            optimizer.step()
+        # The average forgets the first weights fast: its memory grows with the run, up to 1 / (1 - ema) steps.
+        torch._foreach_lerp_(averaged, weights, 1 - min(config.ema, (1 + step) / (10 + step)))
+        return loss.detach()
+
+    if rank == 0:
+        print(*(f"{name}={value}" for name, value in dataclasses.asdict(config).items()))
+        print(f"{sum(w.numel() for w in weights) / 1e6:.2f}M parameters on {world} x {device.type}", flush=True)
+    if bench_only:
+        bench(config, train_step, device, world)
+        return
+
+    out = Path(config.out)
+    if rank == 0:
+        if not checkpoint:
+            set_aside(out)
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        rows = [row for row in read_log(out) if int(row["step"]) <= first]
+    stop = []  # the signal that asked us to
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    total, counted, began, started = torch.zeros((), device=device), 0, time.time(), time.time()
+    for step in range(first, config.steps):
+        if rank == 0 and step == cooldown_start(config):
+            save(out / "stable.pt", net, ema, optimizers, config, step)
+        total += train_step(step)
+        counted += 1
+        done = step + 1
+        signalled = torch.tensor(max(stop, default=0))
+        if world > 1:
+            dist.all_reduce(signalled, dist.ReduceOp.MAX)  # between CPUs; so that all leave after the same step
+        last = done == config.steps or signalled > 0
+        if rank == 0 and (last or done % config.log == 0 or done % config.preview == 0):
+            loss = total.item() / counted  # the one place where the CPU waits for the device
+            if not np.isfinite(loss):
+                fail(f"the loss is no longer finite at step {done}; {out / 'ckpt.pt'} is left as it was; try a lower --lr")
+            rate = counted * config.batch / world * world / (time.time() - began)
+            rows.append({"step": done, "loss": loss, "lr": learning_rate(config, step), "samples_s": rate})
+            if last or done % config.preview == 0:
+                save(out / "ckpt.pt", net, ema, optimizers, config, done)
+                bins = held_out(ema, config, images, device)
+                rows[-1] |= {"held_out": sum(bins) / 10} | {f"t{i}": b for i, b in enumerate(bins)}
+                settings = dataclasses.asdict(config)
+                e = sample.noise(2000 if images is None else PREVIEW_PICTURES, sample.shape_of(settings), seed=0).to(device)
+                x, _ = sample.generate(ema, settings, e, PREVIEW_STEPS)
+                sample.draw(x, settings).save(out / "samples" / f"{done:06d}.png")
+                write_log(out, rows)
+            report(config, rows[-1], rate)
+            total.zero_()
+            counted, began = 0, time.time()
+        if signalled > 0:
+            if rank == 0:
+                print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
+            sys.exit(128 + int(signalled))
+    if rank == 0:
+        print(f"{time.time() - started:.0f} s; weights, log and pictures are in {out}/")
+        if images is None:
+            distances = wasserstein(ema, config, device)
+            with open(out / "w2.csv", "w", newline="") as file:
+                csv.writer(file).writerows([("euler_steps", "w2"), *distances.items()])
+            print(f"W2 to fresh data: {distances.pop(0):.3f} for other fresh data; samples by Euler steps: "
+                  + ", ".join(f"{k}: {d:.3f}" for k, d in distances.items()))
+    if world > 1:
+        dist.destroy_process_group()
+    return ema
+
+
+if __name__ == "__main__":
+    main()
