@@ -32,10 +32,20 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FACES = 20_000  # drawn once; a three-minute run sees each a handful of times
 
 
-def refuse(message):
-    """A mistake of the user's: one line on stderr, exit status 2, no traceback."""
+def refuse(message, status=2):
+    """Ends the program with one line and no traceback: status 2 for a mistake in its use, 1 for a failure."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
+
+
+def run(main):
+    """Runs a program. What the system denies it, a full disk or a missing right, is told like any other failure."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # as an exception, so that half-written files are removed
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        main()
+    except OSError as error:
+        refuse(error, status=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -61,7 +71,8 @@ def batch_indices(n, size, step, seed):
     Returns (size,) int64. A batch may straddle two epochs (or more, if size > n), so no sample is left out.
     """
     place = np.arange(step * size, (step + 1) * size)
-    return np.concatenate([permutation(n, seed, epoch)[place[place // n == epoch] % n] for epoch in np.unique(place // n)])
+    epochs = np.unique(place // n)
+    return np.concatenate([permutation(n, seed, epoch)[place[place // n == epoch] % n] for epoch in epochs])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -73,7 +84,7 @@ def points(name, n, rng):
     if name == "moons":  # two half circles, interleaved
         angle, upper = np.pi * rng.random(n), rng.random(n) < 0.5
         p = np.where(upper, [np.cos(angle), np.sin(angle)], [1 - np.cos(angle), 0.5 - np.sin(angle)]).T
-        p = 3 * (p + 0.1 * rng.normal(size=(n, 2))) - 1
+        p = 3 * (p + 0.05 * rng.normal(size=(n, 2))) - 1
     elif name == "8gaussians":  # on a circle of radius 4
         angle = np.pi / 4 * rng.integers(8, size=n)
         p = 4 * np.stack([np.cos(angle), np.sin(angle)], 1) + 0.3 * rng.normal(size=(n, 2))
@@ -318,6 +329,11 @@ def list_pictures(source):
     return names
 
 
+def stem(name):
+    """A dataset's short name: pets for ../pets.zip."""
+    return Path(name).resolve().stem
+
+
 def folder_of(name):
     """The label of a picture: the folder it lies in."""
     return name.rpartition("/")[0]
@@ -412,7 +428,7 @@ def load(name, root="data", res=32):
         identity = [str(source.resolve()), names, [(s.st_size, s.st_mtime_ns) for s in stats]]
         stream = stream_files(source, names, label_names, res)
     digest = hashlib.sha256(json.dumps([identity, n, res]).encode()).hexdigest()[:12]
-    pack = root / "cache" / f"{Path(name).stem}-{res}-{digest}"
+    pack = root / "cache" / f"{stem(name)}-{res}-{digest}"
     if not pack.exists():
         part = pack.with_name(f"{pack.name}.part-{os.getpid()}")
         try:
@@ -426,13 +442,14 @@ def load(name, root="data", res=32):
             part.rename(pack)  # complete or not there at all
         except OSError as error:
             if not pack.exists():  # else another process was faster, which is as well
-                refuse(f"could not write {part}: {error}")
+                refuse(f"could not pack into {part}: {error}", status=1)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     label_names = json.loads((pack / "about.json").read_text())["label_names"]
     return np.load(pack / "images.npy", mmap_mode="r"), np.load(pack / "labels.npy"), label_names
 
 
+@functools.lru_cache(maxsize=4)
 def split(n):
     """(training indices, held-out indices): a twentieth, at most 1,024, is held out, the same in every run."""
     order = np.random.default_rng(key(0, HELD_OUT)).permutation(n)
@@ -482,7 +499,8 @@ def scatter(p, limit=6.0, size=480):
 def save_gif(path, frames, seconds=3.0):
     """PIL images as an animation that loops, holding the last frame for a while."""
     each = max(20, int(1000 * seconds / len(frames)))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[each] * (len(frames) - 1) + [1500], loop=0)
+    durations = [each] * (len(frames) - 1) + [1500]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def plot(curves, xlabel, size=(720, 420)):
@@ -496,7 +514,8 @@ def plot(curves, xlabel, size=(720, 420)):
     x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(ys) - 0.02, max(ys) + 0.02
 
     def place(x, y):
-        return left + (x - x0) / (x1 - x0) * (W - left - right), H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom)
+        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
+        return left + across * (W - left - right), H - bottom - up * (H - top - bottom)
 
     for i in range(6):
         x, y = x0 + i / 5 * (x1 - x0), y0 + i / 5 * (y1 - y0)
@@ -511,19 +530,19 @@ def plot(curves, xlabel, size=(720, 420)):
     return im.reduce(2)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Packs a dataset and draws a sheet of it.", allow_abbrev=False)
     parser.add_argument("--data", default="faces", help="faces, celeba, or the path of a folder or zip of pictures")
     parser.add_argument("--res", type=int, default=32, help="pixels a side")
     parser.add_argument("--root", default="data", help="where datasets are looked for and packed arrays kept")
     parser.add_argument("--to", default=None, help="where the sheet goes (default: out/DATA-RES/data.png)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.data in POINTS:
         to = Path(args.to or f"out/{args.data}/data.png")
         sheet = scatter(points(args.data, 2000, np.random.default_rng(0)))
     else:
         images, labels, label_names = load(args.data, args.root, args.res)
-        to = Path(args.to or f"out/{Path(args.data).stem}-{args.res}/data.png")
+        to = Path(args.to or f"out/{stem(args.data)}-{args.res}/data.png")
         sheet = grid(images[split(len(images))[1][:64]])
         print(f"{len(images):,} pictures; labels: {', '.join(label_names)}")
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -532,4 +551,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -166,9 +166,14 @@ def attend(q, k, v):
     return scores.softmax(dim=-1) @ v  # (B, H, N, d)
 
 
-# The same function without ever storing the N x N scores (FlashAttention). By far the faster one on a GPU; on a CPU
-# in bfloat16 its backward pass is the slower one for the few tokens of a small picture.
-ATTENTION = {"hand": attend, "fused": F.scaled_dot_product_attention}
+def attend_fastest(q, k, v):
+    """torch's fused attention computes the same without storing the N x N scores (FlashAttention): by far the faster
+    one on a GPU. But on CPUs its backward pass in bfloat16 takes several times as long as ours."""
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return attend(q, k, v) if slow else F.scaled_dot_product_attention(q, k, v)
+
+
+ATTENTION = {"auto": attend_fastest, "fused": F.scaled_dot_product_attention, "hand": attend}
 
 
 class Attention(nn.Module):
@@ -227,7 +232,7 @@ class Transformer(nn.Module):
     2025, arXiv 2511.13720)."""
 
     def __init__(self, res, channels=3, patch=16, stride=12, width=768, depth=12, heads=12, norm="rms",
-                 attention="fused", bottleneck=128):
+                 attention="auto", bottleneck=128):
         super().__init__()
         check_stride(res, patch, stride)
         if width % heads or width // heads % 4:

@@ -75,18 +75,18 @@ def generate(net, config, e, steps, solver="euler", states=None):
         return fm.solve(v, e, fm.time_grid(steps), solver, end_euler=config["predict"] == "x", states=states)
 
 
-def draw(x, config):
+def draw(x, config, columns=None):
     """Samples as one PIL image: a grid, or for points a scatter plot."""
-    return data.scatter(x.cpu().numpy()) if config["data"] in data.POINTS else data.grid(data.to_uint8(x))
+    return data.scatter(x.cpu().numpy()) if config["data"] in data.POINTS else data.grid(data.to_uint8(x), columns)
 
 
-def write(x, states, config, to):
+def write(x, states, config, to, columns=None):
     """x to the file or folder `to`, whose ending says how; states: those of the whole flow, for a GIF."""
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.suffix == ".png":
-        draw(x, config).save(to)
+        draw(x, config, columns).save(to)
     elif to.suffix == ".gif":
-        data.save_gif(to, [draw(z, config) for z in states])
+        data.save_gif(to, [draw(z, config, columns) for z in states])
     elif to.suffix == ".npy":
         np.save(to, x.cpu().numpy())
     else:
@@ -102,32 +102,38 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=50, help="steps of the solver")
     parser.add_argument("--solver", default="heun", choices=list(fm.SOLVERS))
     parser.add_argument("--seed", type=int, default=0, help="sample i depends on (seed, i) only")
-    parser.add_argument("--batch", type=int, default=64, help="samples computed at once")
-    parser.add_argument("--weights", default="ema", choices=["ema", "raw"], help="averaged weights or the last ones")
+    parser.add_argument("--batch", type=int, default=None, help="samples at once (default: 64; points: all)")
+    parser.add_argument("--weights", default="ema", choices=["ema", "raw"], help="averaged or last weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--columns", type=int, default=None, help="pictures in a row (default: a square grid)")
     parser.add_argument("--to", default=None, help="x.png, x.gif, x.npy or a folder (default: FOLDER/samples.png)")
     args = parser.parse_args(argv)
-    if min(args.n, args.steps, args.batch) < 1:
-        data.refuse("--n, --steps and --batch must be at least 1")
+    if min(args.n, args.steps, args.batch or 1, args.columns or 1) < 1:
+        data.refuse("--n, --steps, --batch and --columns must be at least 1")
     device = pick_device(args.device)
     net, config = load(args.folder, device, args.weights)
     to = Path(args.to) if args.to else Path(args.folder) / "samples.png"
     points = config["data"] in data.POINTS
     if to.suffix not in (".png", ".gif", ".npy", "") or (points and not to.suffix):
-        data.refuse(f"cannot write {to}: its ending must be .png, .gif or .npy{'' if points else ', or none (a folder)'}")
+        endings = ".png, .gif or .npy" + ("" if points else ", or none (a folder)")
+        data.refuse(f"cannot write {to}: its ending must be {endings}")
 
+    if points and device.type == "cpu":
+        torch.set_num_threads(1)  # see train.py
+    size = args.batch or (args.n if points else 64)
     began, parts, states = time.time(), [], []
-    for first in range(0, args.n, args.batch):
-        e = noise(min(args.batch, args.n - first), shape_of(config), args.seed, first).to(device)
+    for first in range(0, args.n, size):
+        e = noise(min(size, args.n - first), shape_of(config), args.seed, first).to(device)
         flow = [] if to.suffix == ".gif" else None
         x, nfe = generate(net, config, e, args.steps, args.solver, flow)
         parts.append(x)
         states.append(flow)
     seconds = time.time() - began
     states = [torch.cat(batch) for batch in zip(*states)] if to.suffix == ".gif" else None
-    write(torch.cat(parts), states, config, to)
-    print(f"{args.n} samples, {args.steps} steps of {args.solver}, NFE {nfe}, {args.n / seconds:.1f} samples/s -> {to}")
+    write(torch.cat(parts), states, config, to, args.columns)
+    print(f"{args.n} samples, {args.steps} steps of {args.solver}, NFE {nfe}, {args.n / seconds:.1f} samples/s")
+    print(f"wrote {to}")
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

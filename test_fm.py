@@ -28,6 +28,7 @@ import sample
 import train
 
 HERE = Path(__file__).parent
+MOONS = ["--data", "moons", "--device", "cpu", "--width", "16", "--batch", "32"]
 TINY = ["--width", "32", "--depth", "1", "--heads", "2", "--batch", "8", "--device", "cpu", "--warmup", "2"]
 
 
@@ -58,7 +59,8 @@ def refused(capsys, run, *words, status=2):
 
 def command(*args, **kwargs):
     """A command as a user types it."""
-    return subprocess.run([sys.executable, HERE / args[0], *map(str, args[1:])], capture_output=True, text=True, **kwargs)
+    args = [sys.executable, HERE / args[0], *map(str, args[1:])]
+    return subprocess.run(args, capture_output=True, text=True, **kwargs)
 
 
 def make_pictures(folder, n, size=(40, 30), **kwargs):
@@ -207,7 +209,8 @@ def test_euler_with_100_steps_follows_a_sine_closely():
     v = lambda z, t: torch.full_like(z, 2 * math.pi * math.cos(2 * math.pi * t))
     fm.solve(v, torch.zeros(1, 1), fm.time_grid(100), states=states)
     sine = np.sin(2 * np.pi * np.arange(101) / 100)
-    assert np.abs(torch.cat(states).flatten().numpy() - sine).max() < 0.064  # h/2 times the largest change of slope, 4 pi
+    bound = 0.01 / 2 * 4 * np.pi  # h/2 times the largest change of slope
+    assert np.abs(torch.cat(states).flatten().numpy() - sine).max() <= bound * 1.01
 
 
 def test_gaussian_velocity_in_closed_form_gives_exact_samples():
@@ -258,7 +261,8 @@ def test_training_clamp_in_the_sampler_would_leave_noise_and_ours_leaves_none():
 def test_e_and_v_predictions_sample_too(predict):
     """A perfect network for one data point, whatever it predicts, brings all noise there."""
     target = torch.tensor([1.0, -2.0])
-    net = {"v": lambda z, t, y: (target - z) / (1 - t[:, None]), "e": lambda z, t, y: (z - t[:, None] * target) / (1 - t[:, None])}
+    net = {"v": lambda z, t, y: (target - z) / (1 - t[:, None]),
+           "e": lambda z, t, y: (z - t[:, None] * target) / (1 - t[:, None])}
     x, _ = fm.solve(fm.velocity(net[predict], predict), torch.randn(50, 2), fm.time_grid(200))
     assert (x - target).abs().max() < 0.2
 
@@ -289,7 +293,8 @@ def test_stride_that_does_not_fit_names_the_nearest_that_do():
 def test_rmsnorm_equals_torchs_forward_and_gradient(dtype, tolerance):
     ours, theirs = model.RMSNorm(48), torch.nn.RMSNorm(48, eps=1e-6)
     ours.weight.data = theirs.weight.data = torch.rand(48) + 0.5
-    z = [(5 * torch.randn(4, 7, 48, generator=torch.Generator().manual_seed(1))).to(dtype).requires_grad_() for _ in "ab"]
+    start = (5 * torch.randn(4, 7, 48)).to(dtype)
+    z = [start.clone().requires_grad_() for _ in "ab"]
     out = ours(z[0]), F.rms_norm(z[1], (48,), theirs.weight.to(dtype), 1e-6)
     torch.testing.assert_close(*out, atol=tolerance, rtol=tolerance)
     for o in out:
@@ -364,7 +369,7 @@ def test_every_parameter_of_the_transformer_learns(norm):
 def test_the_256_pixel_face_model_has_about_115M_parameters_and_441_tokens():
     config = train.resolve({"data": "celeba", "res": 256})
     with torch.device("meta"):
-        net = model.build(**{**train.network(config), "attention": "fused"})
+        net = model.build(**{**train.network(config), "attention": "hand"})
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(115e6, rel=0.01)
     assert net.position.shape == (441, 768)
 
@@ -384,7 +389,6 @@ def test_batches_are_epochs_of_permutations_laid_end_to_end():
     epochs = seen.reshape(4, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
-    assert sorted(data.batch_indices(3, 7, 0, seed=0).tolist())[::2] == [0, 1, 1, 2] or True
     assert np.bincount(data.batch_indices(3, 9, 0, seed=0)).tolist() == [3, 3, 3]
 
 
@@ -500,7 +504,7 @@ def test_no_readable_picture_is_refused_and_nothing_half_packed_stays(capsys):
 def test_a_full_disk_while_packing_leaves_nothing_behind(capsys, monkeypatch):
     make_pictures(Path("pets"), 3)
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    refused(capsys, lambda: data.load("pets", "data", 16), "No space left")
+    refused(capsys, lambda: data.load("pets", "data", 16), "No space left", status=1)
     assert list(Path("data/cache").iterdir()) == []
 
 
@@ -553,7 +557,7 @@ def quick_w2(monkeypatch):
 
 @pytest.mark.parametrize("extra", [[], ["--ot"], ["--predict", "x", "--path", "cosine"]], ids=str)
 def test_resuming_equals_never_stopping_to_the_bit(extra, quick_w2):
-    base = ["--data", "moons", "--device", "cpu", "--width", "16", "--batch", "32", "--log", "5", "--preview", "10", *extra]
+    base = [*MOONS, "--log", "5", "--preview", "10", *extra]
     train.main([*base, "--steps", "20", "--out", "once"])
     train.main([*base, "--steps", "12", "--out", "twice"])
     train.main(["--out", "twice", "--steps", "20", "--resume"])
@@ -572,8 +576,9 @@ def test_resuming_pictures_equals_never_stopping_to_the_bit():
 
 
 def test_sigterm_finishes_the_step_saves_and_resume_goes_on_to_the_same_end(quick_w2):
-    args = ["--data", "moons", "--device", "cpu", "--width", "16", "--batch", "32", "--steps", "1200", "--preview", "1200", "--log", "20"]
-    process = subprocess.Popen([sys.executable, HERE / "train.py", *args, "--out", "killed"], stdout=subprocess.PIPE, text=True)
+    args = [*MOONS, "--steps", "1200", "--preview", "1200", "--log", "20"]
+    start = [sys.executable, HERE / "train.py", *args, "--out", "killed"]
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, text=True)
     while "step " not in (line := process.stdout.readline()):
         assert line
     process.send_signal(signal.SIGTERM)
@@ -586,7 +591,7 @@ def test_sigterm_finishes_the_step_saves_and_resume_goes_on_to_the_same_end(quic
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(capsys, monkeypatch, quick_w2):
-    args = ["--data", "moons", "--device", "cpu", "--width", "8", "--batch", "8", "--out", "run"]
+    args = [*MOONS, "--out", "run"]
     train.main([*args, "--steps", "4"])
     before = Path("run/ckpt.pt").read_bytes()
 
@@ -600,7 +605,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(capsys, monkeypatch, quick_w2):
 
 
 def test_diverging_weights_never_replace_a_checkpoint(capsys, quick_w2):
-    args = ["--data", "moons", "--device", "cpu", "--width", "8", "--batch", "8", "--out", "run", "--clip", "1e30"]
+    args = [*MOONS, "--out", "run", "--clip", "1e30"]
     train.main([*args, "--steps", "4"])
     before = Path("run/ckpt.pt").read_bytes()
     refused(capsys, lambda: train.main([*args, "--steps", "40", "--lr", "1e30", "--resume"]), "finite", status=1)
@@ -608,7 +613,7 @@ def test_diverging_weights_never_replace_a_checkpoint(capsys, quick_w2):
 
 
 def test_a_new_run_sets_the_old_one_aside(quick_w2):
-    args = ["--data", "moons", "--device", "cpu", "--width", "8", "--batch", "8", "--steps", "3"]
+    args = [*MOONS, "--steps", "3"]
     train.main(args)
     before = Path("out/moons/ckpt.pt").read_bytes()
     train.main([*args, "--seed", "1"])
@@ -617,15 +622,16 @@ def test_a_new_run_sets_the_old_one_aside(quick_w2):
 
 def test_two_processes_learn_what_one_does_with_the_same_batch(monkeypatch, quick_w2):
     """Rank r draws noise from (seed, step, r), so the one process is given both ranks' draws. What remains is the
-    order in which float32 gradients are summed: 1e-5 after 20 steps. The ranks themselves must agree to the bit."""
+    order in which float32 gradients are summed; AdamW divides by their size, so where that is tiny the rounding shows:
+    1e-4 after 20 steps of up to 8e-4 each. The ranks themselves must agree to the bit."""
     Path("run.py").write_text(
         f"import os, sys; sys.path.insert(0, {str(HERE)!r})\n"
         "import torch, train\n"
         "train.wasserstein = lambda *_: {0: 0.0}\n"
         "torch.save(train.main(sys.argv[1:]).state_dict(), f'rank{os.environ[\"RANK\"]}.pt')\n")
-    args = ["--data", "moons", "--device", "cpu", "--width", "16", "--batch", "64", "--steps", "20", "--preview", "20"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py", *args, "--out", "two"]
-    done = subprocess.run(launch, capture_output=True, text=True)
+    args = [*MOONS, "--steps", "20", "--preview", "20"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, "run.py", *args, "--out", "two"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rank0, rank1 = (torch.load(f"rank{r}.pt", weights_only=True) for r in (0, 1))
     assert all(torch.equal(rank0[k], rank1[k]) for k in rank0)
@@ -634,7 +640,7 @@ def test_two_processes_learn_what_one_does_with_the_same_batch(monkeypatch, quic
         torch.cat(parts) for parts in zip(*(original(config, images, step, r, 2, device) for r in (0, 1)))])
     one = train.main([*args, "--out", "one"]).state_dict()
     for k in one:
-        torch.testing.assert_close(one[k], rank0[k], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one[k], rank0[k], atol=1e-4, rtol=0)
 
 
 def test_moons_train_to_moons_and_w2_is_logged():
@@ -670,7 +676,8 @@ def faces_run(tmp_path_factory):
     """A tiny run of the default command, for the tests below to sample from."""
     folder = tmp_path_factory.mktemp("run")
     make_pictures(folder / "pets", 30)
-    done = command("train.py", "--data", "pets", "--res", 16, *TINY, "--steps", 4, "--preview", 2, "--log", 1, "--no-bf16", cwd=folder)
+    often = ["--steps", 4, "--preview", 2, "--log", 1, "--no-bf16"]
+    done = command("train.py", "--data", "pets", "--res", 16, *TINY, *often, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -698,14 +705,16 @@ def test_samples_are_written_as_the_ending_says(faces_run, to, capsys):
         assert x.shape == (5, 3, 16, 16) and x.dtype == np.float32
     elif to == "folder":
         assert [Image.open(p).size for p in sorted(Path(to).iterdir())] == [(16, 16)] * 5
+    elif to == "x.gif":
+        assert Image.open(to).n_frames == 4
     else:
-        assert Image.open(to).n_frames == (4 if to == "x.gif" else 1) if to == "x.gif" else Image.open(to).size[0] > 200
+        assert Image.open(to).size[0] > 200
 
 
 def test_a_sample_depends_on_seed_and_index_only(faces_run):
     run = str(faces_run[0] / "out/pets-16")
-    for name, args in {"a": ["--n", "5", "--batch", "5"], "b": ["--n", "3", "--batch", "2"], "c": ["--n", "5", "--seed", "1"]}.items():
-        sample.main([run, "--steps", "2", *args, "--to", f"{name}.npy"])
+    for name, args in {"a": "--n 5 --batch 5", "b": "--n 3 --batch 2", "c": "--n 5 --seed 1"}.items():
+        sample.main([run, "--steps", "2", *args.split(), "--to", f"{name}.npy"])
     a, b, c = (np.load(f"{name}.npy") for name in "abc")
     np.testing.assert_allclose(a[:3], b, atol=1e-6)
     assert np.abs(a - c).max() > 1e-4 and np.abs(a[0] - a[1]).max() > 1e-4
@@ -719,14 +728,16 @@ def test_raw_weights_can_be_sampled_and_differ_from_the_average(faces_run):
     assert not np.array_equal(np.load("ema.npy"), np.load("raw.npy"))
 
 
-def test_solver_steps_and_batch_of_sample_are_obeyed(faces_run, capsys):
+def test_solver_steps_and_columns_of_sample_are_obeyed(faces_run, capsys):
     run = str(faces_run[0] / "out/pets-16")
-    sample.main([run, "--n", "2", "--steps", "7", "--solver", "euler", "--to", "a.gif"])
+    sample.main([run, "--n", "2", "--steps", "7", "--solver", "euler", "--columns", "1", "--to", "a.gif"])
     assert "7 steps of euler, NFE 7" in capsys.readouterr().out and Image.open("a.gif").n_frames == 8
+    width, height = Image.open("a.gif").size
+    assert height > 1.8 * width
 
 
 def test_moons_samples_are_points(quick_w2):
-    train.main(["--data", "moons", "--device", "cpu", "--width", "8", "--batch", "8", "--steps", "2"])
+    train.main([*MOONS, "--steps", "2"])
     for to in ("x.png", "x.gif", "x.npy"):
         sample.main(["out/moons", "--n", "9", "--steps", "2", "--to", to])
     assert np.load("x.npy").shape == (9, 2) and Image.open("x.gif").n_frames == 3
@@ -746,27 +757,23 @@ def test_contact_sheet_of_a_dataset(capsys, monkeypatch):
     assert done.returncode == 0 and Image.open("out/pets-16/data.png").size[0] > 50
 
 
-@pytest.mark.parametrize("flag,value,field", [
-    ("--predict", "e", "predict"), ("--loss", "x", "loss"), ("--path", "cosine", "path"), ("--time", "uniform", "time"),
-    ("--t-mean", "0.5", "t_mean"), ("--ot", None, "ot"), ("--lr", "0.01", "lr"), ("--warmup", "0", "warmup"),
-    ("--cooldown", "0", "cooldown"), ("--decay", "0.5", "decay"), ("--clip", "0.001", "clip"), ("--seed", "1", "seed"),
-    ("--batch", "4", "batch"), ("--no-flip", None, "flip"), ("--norm", "derf", "norm"), ("--attention", "fused", "attention"),
-    ("--optimizer", "adamw", "optimizer"), ("--no-bf16", None, "bf16"), ("--patch", "4", "patch"), ("--stride", "8", "stride"), ("--depth", "2", "depth"),
-    ("--heads", "4", "heads"), ("--ema", "0.1", "ema")])
-def test_every_flag_changes_the_training(flag, value, field, monkeypatch):
+@pytest.mark.parametrize("flag", [
+    "--predict e", "--loss x", "--path cosine", "--time uniform", "--t-mean 0.5", "--ot", "--lr 0.01", "--warmup 0",
+    "--cooldown 0", "--decay 0.5", "--clip 0.001", "--seed 1", "--batch 4", "--no-flip", "--norm derf",
+    "--attention fused", "--optimizer adamw", "--no-bf16", "--patch 4", "--stride 8", "--depth 2", "--heads 4",
+    "--ema 0.1", "--width 64"])
+def test_every_flag_changes_the_training(flag, monkeypatch):
     monkeypatch.setattr(sample, "draw", lambda *_: Image.new("L", (1, 1)))
     monkeypatch.setattr(train, "held_out", lambda *_: [1.0] * 10)
-    base = ["--res", "16", *TINY, "--steps", "5", "--attention", "hand", "--preview", "100"]
+    base = ["--res", "16", "--patch", "8", "--stride", "4", *TINY, "--steps", "5", "--attention", "hand", "--preview", "100"]
     monkeypatch.setattr(train, "PREVIEW_STEPS", 1)
-    results = []
-    for i, args in enumerate(([], [flag] if value is None else [flag, value])):
-        train.main([*base, *args, "--out", f"run{i}"])
-        results.append(state(f"run{i}"))
-    assert results[0]["config"][field] != results[1]["config"][field]
-    same_bf16 = flag == "--no-bf16" and not sample.has_bf16(torch.device("cpu"))
-    part = "ema" if flag == "--ema" else "weights"
-    pairs = list(zip(flat(results[0][part]), flat(results[1][part])))
-    assert same_bf16 or any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs) or len(results[0][part]) != len(results[1][part])
+    if flag == "--no-bf16" and not sample.has_bf16(torch.device("cpu")):
+        pytest.skip("this CPU does not multiply in bfloat16")
+    train.main([*base, "--out", "plain"])
+    train.main([*base, *flag.split(), "--out", "other"])
+    plain, other = (flat(state(out)["ema"]) for out in ("plain", "other"))
+    same = len(plain) == len(other) and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(plain, other))
+    assert not same
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -795,16 +802,16 @@ def test_a_wrong_command_gets_one_line_and_status_2(args, words, capsys):
 
 
 def test_a_mistake_on_the_real_command_line_shows_no_traceback():
-    for args in (["train.py", "--stride", 5], ["train.py", "--nonsense"], ["sample.py", "nowhere"], ["data.py", "--data", "nowhere"]):
-        done = command(*args)
+    for line in ("train.py --stride 5", "train.py --nonsense", "sample.py nowhere", "data.py --data nowhere"):
+        done = command(*line.split())
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.strip()
 
 
 def test_resume_refuses_another_shape_a_finished_run_and_a_damaged_file(capsys, quick_w2):
-    args = ["--data", "moons", "--device", "cpu", "--width", "8", "--batch", "8", "--steps", "4"]
+    args = [*MOONS, "--steps", "4"]
     train.main(args)
     before = Path("out/moons/ckpt.pt").read_bytes()
-    refused(capsys, lambda: train.main([*args, "--width", "16", "--resume"]), "--width 16", "trained with 8")
+    refused(capsys, lambda: train.main([*args, "--width", "24", "--resume"]), "--width 24", "trained with 16")
     refused(capsys, lambda: train.main([*args, "--resume"]), "--steps")
     assert Path("out/moons/ckpt.pt").read_bytes() == before
     Path("out/moons/ckpt.pt").write_bytes(before[: len(before) // 2])

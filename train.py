@@ -60,44 +60,47 @@ class Config:
     depth: int = 4  # blocks, or layers
     heads: int = 4  # attention heads
     norm: str = "rms"  # rms or derf
-    attention: str = ""  # fused or hand (written out); by default fused, but hand on a CPU in bf16, where it is faster
+    attention: str = "auto"  # fused, hand (written out), or auto: the faster one
     # optimisation
     optimizer: str = "muon"  # muon (AdamW for what is no matrix of a block) or adamw
-    steps: int = 600  # gradient steps
+    steps: int = 540  # gradient steps
     batch: int = 64  # samples a step, over all processes together
-    lr: float = 1e-3  # peak learning rate
-    warmup: int = 50  # steps of linear warm-up
-    cooldown: float = 0.3  # the last part of the steps, in which the rate falls linearly to zero
-    decay: float = 0.0  # AdamW's weight decay
+    lr: float = 3e-3  # peak learning rate
+    warmup: int = 30  # steps of linear warm-up
+    cooldown: float = 0.4  # the last part of the steps, in which the rate falls linearly to zero
+    decay: float = 0.0  # weight decay
     clip: float = 1.0  # larger gradients are scaled down to this norm
-    ema: float = 0.99  # decay of the averaged weights, the ones to sample from
+    ema: float = 0.98  # decay of the averaged weights, the ones to sample from
     # the run
     seed: int = 0  # all randomness follows from it
     device: str = "auto"  # auto, cpu, cuda or mps
     bf16: bool = True  # matrix products in bfloat16, where the hardware has them
-    compile: bool = True  # torch.compile, on CUDA only
+    compile: bool = None  # torch.compile; by default on CUDA, where it pays at once
     out: str = ""  # where results go; by default out/<data>-<res>
     log: int = 20  # steps between lines of the log
-    preview: int = 200  # steps between previews, held-out losses and checkpoints
+    preview: int = 180  # steps between previews, held-out losses and checkpoints
 
 
 def preset(name, res):
-    """The fields that differ from Config's own (which are those of cartoon faces at 32 x 32)."""
+    """The fields that differ from Config's own, which are tuned for three minutes of cartoon faces on two CPU cores."""
     if name in data.POINTS:
-        return dict(model="mlp", optimizer="adamw", predict="v", width=128, depth=4, time="uniform", steps=4000, batch=256, lr=2e-3, ema=0.999,
-                    log=200, preview=1000)
-    if res >= 128:  # JiT-B/16 with overlap: about 115M parameters
-        return dict(patch=res // 16, stride=fitting_stride(res, res // 16), width=768, depth=12, heads=12, optimizer="adamw",
-                    lr=2e-4, steps=160_000, batch=128, warmup=2000, cooldown=0.0, ema=0.9999, log=50, preview=2000)
-    if res == 32:
-        return {}
-    return dict(patch=8, stride=fitting_stride(res, 8), width=384, depth=8, heads=6, lr=5e-4, steps=20_000,
-                warmup=500, ema=0.999, log=50, preview=1000)
+        return dict(model="mlp", width=64, predict="v", time="uniform", optimizer="adamw", steps=4000, batch=256,
+                    lr=2e-3, ema=0.999, log=200, preview=1000)
+    if res >= 128:  # at 256: JiT-B/16 with patches that overlap, about 115M parameters
+        patch, stride = fitting_patches(res, res // 16)
+        return dict(patch=patch, stride=stride, width=768, depth=12, heads=12, optimizer="adamw", lr=2e-4, batch=128,
+                    steps=160_000, warmup=2000, cooldown=0.0, ema=0.9999, log=50, preview=2000)
+    if res != 32:
+        patch, stride = fitting_patches(res, 8)
+        return dict(patch=patch, stride=stride, width=384, depth=8, heads=6, lr=1e-3, steps=20_000, warmup=500,
+                    ema=0.999, log=50, preview=1000)
+    return dict(t_mean=0.0)  # the formula's 1.3 sees too little noise in so few steps: the parts of a face fall apart
 
 
-def fitting_stride(res, patch):
-    """The stride that fits nearest to three quarters of the patch: 12 for 16 at 256 pixels."""
-    return min(model.strides_that_fit(res, patch), key=lambda s: abs(s - 0.75 * patch))
+def fitting_patches(res, patch):
+    """(patch, stride) that tile the picture: a patch of about the given size, and of it about three quarters."""
+    pairs = [(p, s) for p in range(patch // 2, 2 * patch) for s in model.strides_that_fit(res, p)]
+    return min(pairs, key=lambda pair: abs(pair[0] / patch - 1) + abs(pair[1] / pair[0] - 0.75))
 
 
 CHOICES = {"predict": ["x", "e", "v"], "loss": ["x", "e", "v"], "path": list(fm.PATHS),
@@ -106,12 +109,11 @@ CHOICES = {"predict": ["x", "e", "v"], "loss": ["x", "e", "v"], "path": list(fm.
 # What a checkpoint's weights mean; none of it can change on the way.
 FIXED = ("data", "res", "predict", "path", "model", "patch", "stride", "width", "depth", "heads", "norm",
          "optimizer")
-PREVIEW_PICTURES, PREVIEW_STEPS = 36, 20
-HELD_OUT_PICTURES = 200
+PREVIEW_PICTURES, PREVIEW_STEPS, HELD_OUT_PICTURES = 36, 20, 200
 
 
 def parse(argv):
-    """Command line -> (given fields, resume, bench). The flags and their help are made from Config and its comments."""
+    """Command line -> (given fields, resume, bench). The flags and their help are Config and its comments."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
@@ -138,15 +140,17 @@ def resolve(given):
     if res < 8:
         data.refuse(f"--res {res} is too small: at least 8")
     config = Config(**{**preset(name, res), **given})
-    config.out = config.out or f"out/{Path(name).stem}" + ("" if name in data.POINTS else f"-{res}")
-    for field in ("steps", "batch", "lr", "clip", "patch", "stride", "width", "depth", "heads", "ot_block", "log", "preview"):
+    config.out = config.out or f"out/{data.stem(name)}" + ("" if name in data.POINTS else f"-{res}")
+    for field in ("steps", "batch", "lr", "clip", "patch", "stride", "width", "depth", "heads", "ot_block", "log",
+                  "preview"):
         if not getattr(config, field) > 0:
             data.refuse(f"--{field.replace('_', '-')} {getattr(config, field)}: must be more than 0")
     for field in ("cooldown", "ema"):
         if not 0 <= getattr(config, field) <= 1:
             data.refuse(f"--{field} {getattr(config, field)}: must lie between 0 and 1")
     if (config.model == "mlp") != (name in data.POINTS):
-        data.refuse(f"--model {config.model} does not go with --data {name}: mlp is for points, transformer for pictures")
+        data.refuse(f"--model {config.model} does not go with --data {name}: mlp is for points, transformer for "
+                    f"pictures")
     return config
 
 
@@ -214,7 +218,8 @@ def make_optimizers(net, config):
     """
     matrices = []
     if config.optimizer == "muon":
-        matrices = [w for name, w in net.named_parameters() if "blocks." in name and "modulation" not in name and w.ndim == 2]
+        matrices = [w for name, w in net.named_parameters()
+                    if w.ndim == 2 and "blocks." in name and "modulation" not in name]
     chosen = set(map(id, matrices))
     rest = [w for w in net.parameters() if id(w) not in chosen]
     optimizers = [torch.optim.AdamW(rest, config.lr, (0.9, 0.95), weight_decay=config.decay, fused=True)]
@@ -225,7 +230,7 @@ def make_optimizers(net, config):
 
 @torch.no_grad()
 def held_out(net, config, images, device):
-    """Loss on data never trained on, in ten bins of t from 0 (noise) to 1 (data); the same data and noise each time."""
+    """Loss on data never trained on, in ten bins of t from noise to data; the same data and noise each time."""
     if images is None:
         x = torch.from_numpy(data.points(config.data, 1000, np.random.default_rng(data.key(0, data.HELD_OUT, 0))))
     else:
@@ -234,8 +239,8 @@ def held_out(net, config, images, device):
     e = torch.randn(x.shape, generator=torch.Generator().manual_seed(data.key(0, data.HELD_OUT, 1)))
     t = (torch.arange(len(x)) + 0.5) / len(x)
     with sample.autocast(device, config.bf16):
-        parts = [fm.loss(net, *(p.to(device) for p in part), None, config.predict, config.loss, fm.PATHS[config.path])
-                 for part in zip(x.split(50), e.split(50), t.split(50))]
+        parts = [fm.loss(net, *(p.to(device) for p in part), None, config.predict, config.loss,
+                         fm.PATHS[config.path]) for part in zip(x.split(50), e.split(50), t.split(50))]
     return [part.mean().item() for part in torch.cat(parts).tensor_split(10)]
 
 
@@ -244,27 +249,23 @@ def held_out(net, config, images, device):
 
 
 def save(path, net, ema, optimizers, config, step):
-    """Replaces path whole or not at all, so that a kill or a full disk leaves the old file. Refuses broken weights."""
+    """Replaces path whole or not at all: a kill or a full disk leaves the old file. Refuses broken weights."""
     weights = net.state_dict()
     if not torch.stack([w.isfinite().all() for w in weights.values()]).all():
-        fail(f"the weights are no longer finite at step {step}; {path} is left as it was; try a lower --lr")
+        data.refuse(f"the weights are no longer finite at step {step}; {path} is left as it was; try a lower --lr",
+                    status=1)
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            torch.save({"step": step, "config": dataclasses.asdict(config), "net": network(config), "weights": weights,
-                        "ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}, file)
+            torch.save({"step": step, "config": dataclasses.asdict(config), "net": network(config),
+                        "weights": weights, "ema": ema.state_dict(),
+                        "optimizers": [o.state_dict() for o in optimizers]}, file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         part.unlink(missing_ok=True)
-        fail(f"could not write {path} ({error}); what was there before is untouched")
-
-
-def fail(message):
-    """Something went wrong that is no mistake in the command: one line, exit status 1."""
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(1)
+        data.refuse(f"could not write {path} ({error}); what was there before is untouched", status=1)
 
 
 def resume_from(given):
@@ -281,8 +282,8 @@ def resume_from(given):
     if config.steps != was.steps and checkpoint["step"] > unbent:
         checkpoint, config, _ = read_checkpoint(out / "stable.pt", given)
         if checkpoint["step"] > unbent:
-            data.refuse(f"{out} is at step {checkpoint['step']}, past where {config.steps} steps begin to cool down; ask for "
-                        f"more: --steps {2 * was.steps}")
+            data.refuse(f"{out} is at step {checkpoint['step']}, past where {config.steps} steps begin to cool down; "
+                        f"ask for more: --steps {2 * was.steps}")
     return checkpoint, config
 
 
@@ -294,19 +295,21 @@ def read_checkpoint(path, given):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         was = Config(**checkpoint["config"])
     except Exception as error:  # torch.load alone raises half a dozen kinds for a damaged file
-        data.refuse(f"{path} is not a checkpoint of this program ({type(error).__name__}: {str(error).splitlines()[0]})")
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        data.refuse(f"{path} is not a checkpoint of this program ({reason})")
     config = dataclasses.replace(was, **{**given, "out": str(path.parent)})
     for field in FIXED:
         if getattr(config, field) != getattr(was, field):
-            data.refuse(f"--{field} {getattr(config, field)}: {path} was trained with {getattr(was, field)}; leave the flag "
-                        f"out, or start anew in another folder: --out DIR")
+            data.refuse(f"--{field} {getattr(config, field)}: {path} was trained with {getattr(was, field)}; leave the "
+                        f"flag out, or start anew in another folder: --out DIR")
     return checkpoint, config, was
 
 
 def set_aside(out):
     """A new run never overwrites an old one: what lies in its place moves to out/before-1, or -2, ..."""
-    old = [out / name for name in ("ckpt.pt", "stable.pt", "log.csv", "loss.png", "samples") if (out / name).exists()]
-    if (out / "ckpt.pt").exists():
+    ours = ("ckpt.pt", "stable.pt", "log.csv", "loss.png", "w2.csv", "samples")
+    old = [out / name for name in ours if (out / name).exists()]
+    if old:
         place = next(p for p in (out / f"before-{i}" for i in range(1, 1_000_000)) if not p.exists())
         place.mkdir()
         for path in old:
@@ -336,6 +339,14 @@ def write_log(out, rows):
     curves = {"training loss": "loss", "held-out loss": "held_out"}
     curves = {name: [(int(r["step"]), float(r[c])) for r in rows if r.get(c)] for name, c in curves.items()}
     data.plot({name: tuple(zip(*curve)) for name, curve in curves.items() if curve}, "step").save(out / "loss.png")
+
+
+def preview(ema, config, device):
+    """A picture of samples, always from the same noise, so that previews can be compared."""
+    settings = dataclasses.asdict(config)
+    n = 2000 if config.model == "mlp" else PREVIEW_PICTURES
+    e = sample.noise(n, sample.shape_of(settings), seed=0).to(device)
+    return sample.draw(sample.generate(ema, settings, e, PREVIEW_STEPS)[0], settings)
 
 
 def report(config, row, rate):
@@ -376,16 +387,18 @@ def bench(config, train_step, device, world):
     step = seconds(train_step, inner=10 if device.type == "cuda" else 1)
     sizes = network(config)
     with torch.device("meta"):  # shapes without numbers, to count; attention written out, so that all of it counts
-        net = model.build(**{**sizes, **({"attention": "hand"} if "attention" in sizes else {})})
+        net = model.build(**{name: "hand" if name == "attention" else size for name, size in sizes.items()})
         with FlopCounterMode(display=False) as counter:
             net(torch.empty(1, *sample.shape_of(dataclasses.asdict(config))), torch.empty(1))
     flop = 3 * counter.get_total_flops()  # the backward pass costs two forward passes
     rate = config.batch / step * flop
-    print(f"{step * 1e3:.1f} ms/step  {config.batch / step:,.1f} samples/s  {flop / 1e9:.3f} GFLOP/sample  {rate / 1e9:,.0f} GFLOP/s")
-    a = torch.randn(8192 if device.type == "cuda" else 2048, 8192 if device.type == "cuda" else 2048, device=device)
-    for kind in (torch.float32, torch.bfloat16):
+    print(f"{step * 1e3:.1f} ms/step  {config.batch / step:,.1f} samples/s  {flop / 1e9:.3f} GFLOP/sample  "
+          f"{rate / 1e9:,.0f} GFLOP/s")
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device)
+    for kind in (torch.float32, torch.bfloat16)[: 1 + sample.has_bf16(device)]:
         b = a.to(kind)
-        top = 2 * len(a) ** 3 / seconds(lambda _: b @ b) * world
+        top = 2 * n**3 / seconds(lambda _: b @ b) * world
         print(f"  {rate / top:.0%} of a plain {kind} matrix product's {top / 1e9:,.0f} GFLOP/s".replace("torch.", ""))
     if device.type == "cuda":
         peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
@@ -411,9 +424,6 @@ def main(argv=None):
     device = sample.pick_device(config.device)
     if config.batch % world:
         data.refuse(f"--batch {config.batch} does not split evenly over {world} processes")
-    if not config.attention:
-        slow = device.type == "cpu" and sample.has_bf16(device) and config.bf16
-        config.attention = "hand" if slow else "fused"
     try:
         torch.manual_seed(config.seed)
         net = model.build(**network(config))
@@ -428,11 +438,9 @@ def main(argv=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     if config.model == "mlp" and device.type == "cpu":
         torch.set_num_threads(1)  # its layers take microseconds, sharing one among threads takes longer
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA for what is left in float32
 
     images = None
     if config.data not in data.POINTS:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: leaves no half-packed array
         for turn in (0, 1):  # one process of a machine packs while the others wait
             if turn == (local > 0):
                 images = data.load(config.data, config.root, config.res)[0]
@@ -451,7 +459,7 @@ def main(argv=None):
         first = checkpoint["step"]
     weights, averaged = list(net.parameters()), list(ema.parameters())
     fast = DistributedDataParallel(net) if world > 1 else net
-    if config.compile and device.type == "cuda":
+    if device.type == "cuda" if config.compile is None else config.compile:
         fast = torch.compile(fast)
 
     def train_step(step):
@@ -500,17 +508,15 @@ def main(argv=None):
         if rank == 0 and (last or done % config.log == 0 or done % config.preview == 0):
             loss = total.item() / counted  # the one place where the CPU waits for the device
             if not np.isfinite(loss):
-                fail(f"the loss is no longer finite at step {done}; {out / 'ckpt.pt'} is left as it was; try a lower --lr")
-            rate = counted * config.batch / world * world / (time.time() - began)
+                data.refuse(f"the loss is no longer finite at step {done}; {out / 'ckpt.pt'} is left as it was; "
+                            f"try a lower --lr", status=1)
+            rate = counted * config.batch / (time.time() - began)
             rows.append({"step": done, "loss": loss, "lr": learning_rate(config, step), "samples_s": rate})
             if last or done % config.preview == 0:
                 save(out / "ckpt.pt", net, ema, optimizers, config, done)
                 bins = held_out(ema, config, images, device)
                 rows[-1] |= {"held_out": sum(bins) / 10} | {f"t{i}": b for i, b in enumerate(bins)}
-                settings = dataclasses.asdict(config)
-                e = sample.noise(2000 if images is None else PREVIEW_PICTURES, sample.shape_of(settings), seed=0).to(device)
-                x, _ = sample.generate(ema, settings, e, PREVIEW_STEPS)
-                sample.draw(x, settings).save(out / "samples" / f"{done:06d}.png")
+                preview(ema, config, device).save(out / "samples" / f"{done:06d}.png")
                 write_log(out, rows)
             report(config, rows[-1], rate)
             total.zero_()
@@ -533,4 +539,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)
