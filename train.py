@@ -514,9 +514,10 @@ def main(argv=None):
             rows.append({"step": done, "loss": loss, "lr": learning_rate(config, step), "samples_s": rate})
             if last or done % config.preview == 0:
                 save(out / "ckpt.pt", net, ema, optimizers, config, done)
-                bins = held_out(ema, config, images, device)
-                rows[-1] |= {"held_out": sum(bins) / 10} | {f"t{i}": b for i, b in enumerate(bins)}
-                preview(ema, config, device).save(out / "samples" / f"{done:06d}.png")
+                if not signalled:  # whoever asked us to stop may not wait for pictures
+                    bins = held_out(ema, config, images, device)
+                    rows[-1] |= {"held_out": sum(bins) / 10} | {f"t{i}": b for i, b in enumerate(bins)}
+                    preview(ema, config, device).save(out / "samples" / f"{done:06d}.png")
                 write_log(out, rows)
             report(config, rows[-1], rate)
             total.zero_()
