@@ -8,9 +8,11 @@ shared by all processes through the page cache; there are no loader processes to
 """
 
 import argparse
+import difflib
 import functools
+import gzip
 import hashlib
-import inspect
+import http.client
 import io
 import json
 import math
@@ -18,8 +20,11 @@ import os
 import shutil
 import signal
 import sys
+import tarfile
 import time
+import urllib.request
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +32,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 POINTS = ("moons", "8gaussians", "checkerboard", "spirals")
-PICTURES = ("faces", "celeba")
+PICTURES = ("faces", "celeba", "mnist", "fashion", "cifar10")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FACES = 20_000  # drawn once; a three-minute run sees each a handful of times
 
@@ -36,6 +41,16 @@ def refuse(message, status=2):
     """Ends the program with one line and no traceback: status 2 for a mistake in its use, 1 for a failure."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def check_writable(path):
+    """Before the work, not after it: a file where a folder should be, or the other way round, is a mistake."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"cannot write {path}: {error}")
+    if path.exists() and path.is_dir() == bool(path.suffix):
+        refuse(f"cannot write {path}: there is a {'folder' if path.is_dir() else 'file'} of that name")
 
 
 def run(main):
@@ -52,7 +67,7 @@ def run(main):
 # Random numbers. Everything random is a pure function of a few integers (seed, purpose, step, rank, ...), so a
 # resumed run needs no generator state and picture i comes out the same in any batch.
 
-ORDER, BATCH, HELD_OUT, SAMPLE = range(4)  # purposes, so that no two uses share a stream
+ORDER, BATCH, HELD_OUT, SAMPLE, SPLIT = range(5)  # purposes, so that no two uses share a stream
 
 
 def key(*words):
@@ -161,11 +176,12 @@ def discs(x, y, *spots):
     return np.minimum.reduce([disc(abs(x) - cx, y - cy, r) for cx, cy, r in spots])
 
 
-# Looked at before painting, to see where a shape lies.
+# A coarse canvas on which each shape is tried first, to find the rectangle it touches.
 GRID = np.linspace(-1.3, 1.3, 105, dtype=np.float32)
 
 
 def draw_chunk(indices, res):
+    """Painter's algorithm: one flat shape after another over all faces at once, back to front."""
     n = len(indices)
     dice = iter(uniforms(indices, 32).T)
     everyone = np.ones(n, bool)
@@ -313,6 +329,21 @@ def find_celeba(root):
     )
 
 
+def celeba_attributes(source, names):
+    """CelebA's 40 attributes, if list_attr_celeba.txt lies beside the pictures: ({file name: multi-hot}, names)."""
+    for place in (source.parent, source, source.parent.parent):
+        if (place / "list_attr_celeba.txt").is_file():
+            lines = (place / "list_attr_celeba.txt").read_text().splitlines()
+            attributes = lines[1].split()
+            table = {row[0]: np.array(row[1:]) == "1" for row in map(str.split, lines[2:]) if row}
+            lost = [n for n in names if len(table.get(n.rpartition("/")[2], ())) != len(attributes)]
+            if lost:
+                refuse(f"{place / 'list_attr_celeba.txt'} says nothing of {lost[0]} (and {len(lost) - 1} others): get "
+                       f"the whole file, or move it away to train without attributes")
+            return {n: table[n.rpartition("/")[2]].astype(np.uint8) for n in names}, attributes
+    return None, None
+
+
 def list_pictures(source):
     """Names of the pictures in a folder or zip, sorted; for a folder of sub-folders, those are the labels."""
     if source.is_dir():
@@ -344,9 +375,171 @@ def read_picture(file, res):
     with Image.open(file) as im:
         im.draft("RGB", (res, res))  # JPEG: let the decoder halve while it decodes, as long as it stays above res
         im = ImageOps.exif_transpose(im)
+        if im.mode == "F":
+            raise ValueError("floating-point pixels have no agreed range")
+        if im.mode.startswith("I"):  # 16 bits
+            im = Image.fromarray((np.asarray(im) // 257).clip(0, 255).astype(np.uint8))
         if im.has_transparency_data:
             im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
         return np.asarray(ImageOps.fit(im.convert("RGB"), (res, res), Image.Resampling.LANCZOS))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# MNIST, Fashion-MNIST and CIFAR-10, from the files their authors publish
+
+IDX = {"train-images-idx3-ubyte": (60_000, 28, 28), "train-labels-idx1-ubyte": (60_000,),
+       "t10k-images-idx3-ubyte": (10_000, 28, 28), "t10k-labels-idx1-ubyte": (10_000,)}
+BATCHES = {f"{b}.bin": (10_000, 3073) for b in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]}
+
+# files: {as downloaded: (its MD5 as published, {part inside: shape of its bytes})}. MNIST and Fashion-MNIST name
+# their files alike; how the training labels begin tells them apart.
+OFFICIAL = {
+    "mnist": dict(
+        n=70_000, res=28, channels=1, label_names=list("0123456789"),
+        begins=bytes([5, 0, 4, 1, 9, 2, 1, 3, 1, 4]),
+        url="https://ossci-datasets.s3.amazonaws.com/mnist/", size="12 MB", folder="MNIST/raw",
+        files={f"{part}.gz": (md5, {part: shape}) for (part, shape), md5 in zip(IDX.items(), (
+            "f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
+            "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"))},
+    ),
+    "fashion": dict(
+        n=70_000, res=28, channels=1,
+        label_names="T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
+        begins=bytes([9, 0, 0, 3, 0, 2, 7, 2, 5, 5]),
+        url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", size="31 MB", folder="FashionMNIST/raw",
+        files={f"{part}.gz": (md5, {part: shape}) for (part, shape), md5 in zip(IDX.items(), (
+            "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
+            "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"))},
+    ),
+    "cifar10": dict(
+        n=60_000, res=32, channels=3,
+        label_names="airplane automobile bird cat deer dog frog horse ship truck".split(),
+        url="https://www.cs.toronto.edu/~kriz/", size="170 MB", folder="cifar-10-batches-bin",
+        files={"cifar-10-binary.tar.gz": ("c32a1d4ab5d03f1284b67883e8d87530", BATCHES)},
+    ),
+}
+AGAIN = "delete it and run the same command with --download"
+
+
+def look(name, root):
+    """For each folder a dataset's files may lie in: (folder, the paths found there, the downloads missing there).
+
+    A folder must hold all of them, else MNIST's labels might end up beside Fashion-MNIST's pictures.
+    """
+    usual = OFFICIAL[name]["folder"]
+    for folder in (root / name, root / usual, root / name / usual, root):
+        found, missing = [], []
+        for file, (_, parts) in OFFICIAL[name]["files"].items():
+            unpacked = [folder / part for part in parts]
+            if all(p.is_file() for p in unpacked):
+                found += unpacked
+            elif (folder / file).is_file():
+                found.append(folder / file)
+            else:
+                missing.append(file)
+        yield folder, found, missing
+
+
+def find_official(name, root):
+    """The paths of a dataset's files, packed or unpacked."""
+    places = list(look(name, root))
+    _, found, missing = min(places, key=lambda place: len(place[2]))
+    if missing:
+        refuse(
+            f"{name} is not there: no {', '.join(missing)} (or unpacked) in "
+            f"{', '.join(f'{folder}/' for folder, _, _ in places)}. Run the same command with --download "
+            f"({OFFICIAL[name]['size']}), or get each as {OFFICIAL[name]['url']}NAME, into {root / name}/"
+        )
+    return found
+
+
+def read_official(name, root):
+    """(path, array) of every part in the table's order, each checked to be whole and what the table says."""
+    contents = {}
+    for path in find_official(name, root):
+        try:
+            if path.name.endswith(".tar.gz"):
+                with tarfile.open(path, "r:gz") as tar:  # in its own order: going back is decompressing again
+                    for member in filter(tarfile.TarInfo.isfile, tar):
+                        contents[Path(member.name).name] = path, tar.extractfile(member).read()
+            else:
+                with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                    contents[path.name.removesuffix(".gz")] = path, file.read()
+        except (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError) as error:
+            refuse(f"{path} cannot be read ({error}); {AGAIN}")
+    for _, parts in OFFICIAL[name]["files"].values():
+        for part, shape in parts.items():
+            path, content = contents.get(part, (path, b""))  # an archive may lack one
+            start = b""
+            if "-idx" in part:  # a magic number and the sizes, big-endian, stand before the values
+                start = np.array([0x800 + len(shape), *shape], ">u4").tobytes()
+            size = len(start) + math.prod(shape)
+            if part == "train-labels-idx1-ubyte":
+                start += OFFICIAL[name]["begins"]
+            if len(content) != size:
+                refuse(f"{path} is cut short or wrong: {part} has {len(content):,} bytes, not {size:,}; {AGAIN}")
+            if not content.startswith(start):
+                begins = content[:len(start)].hex()
+                refuse(f"{path} is not {name}'s {part}: it begins {begins}, not {start.hex()}; {AGAIN}")
+            yield path, np.frombuffer(content, np.uint8)[-math.prod(shape):].reshape(shape)
+
+
+def stream_official(name, root, res):
+    """Yields (picture (res, res, C) uint8, label) of all OFFICIAL[name]["n"], training files first."""
+    parts = list(read_official(name, root))
+    if name == "cifar10":  # in each row a label, then the red, the green and the blue plane
+        pairs = [(path, rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0])
+                 for path, rows in parts]
+    else:
+        pairs = [(path, images[..., None], labels) for (_, images), (path, labels) in zip(parts[::2], parts[1::2])]
+    for path, images, labels in pairs:
+        if labels.max() > 9:
+            refuse(f"{path} is not {name}'s: there is a label {labels.max()}; {AGAIN}")
+        for pixels, label in zip(images, labels.tolist()):
+            if res != len(pixels):
+                pixels = np.asarray(picture(pixels).resize((res, res), Image.Resampling.LANCZOS))
+            yield pixels.reshape(res, res, -1), label
+
+
+def download(name, root):
+    """Fetches what is missing into root/name. Only one process may: rank 0."""
+    if all(missing for _, _, missing in look(name, root)):
+        folder, _, missing = next(look(name, root))
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in missing:
+            fetch(OFFICIAL[name]["url"] + file, folder / file, OFFICIAL[name]["files"][file][0])
+
+
+def fetch(url, path, md5):
+    """Downloads into PATH.part, going on where an earlier run stopped; the name changes when the MD5 is right."""
+    part = path.with_name(path.name + ".part")
+    had = got = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={had}-"} if had else {})
+    print(f"downloading {url} to {path}", flush=True)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer, open(part, "ab" if had else "wb") as file:
+            if answer.status != 206:  # the server sends all of it, asked or not
+                file.truncate(0)
+                had = got = 0
+            total = had + int(answer.headers.get("Content-Length") or 0)
+            began = shown = time.time()
+            while block := answer.read1(2**16):  # read would wait for a full block
+                got += file.write(block)
+                if time.time() - shown > 3 or got == total:
+                    shown, rate = time.time(), (got - had) / max(time.time() - began, 1e-3)
+                    print(f"  {got / 1e6:,.1f}/{total / 1e6:,.1f} MB  {rate / 1e6:.2f} MB/s  "
+                          f"ETA {max(0, total - got) / rate:.0f} s", flush=True)
+        if got < total:
+            raise ConnectionError(f"the connection closed after {got:,} of {total:,} bytes")
+    except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) != 416:  # 416: nothing is missing, an earlier run stopped at the very end
+            refuse(f"could not download {url}: {str(error).strip()}. Run the same command again to go on, or "
+                   f"put the file into {path.parent}/ by hand", status=1)
+    if hashlib.md5(part.read_bytes()).hexdigest() != md5:
+        part.unlink()
+        refuse(f"what {url} sent is not the published file (its MD5 is not {md5}) and was deleted. Run the same "
+               f"command again, or put the file into {path.parent}/ by hand", status=1)
+    part.rename(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -358,32 +551,34 @@ def stream_faces(res):
         yield from zip(*draw_faces(chunk, res))  # no threads: many small numpy calls only wait for each other
 
 
-def stream_files(source, names, folders, res):
+def stream_files(source, label_of, res):
     """Decodes in parallel (Pillow releases the GIL), in pieces, so that pictures do not pile up in memory."""
     archive = None if source.is_dir() else zipfile.ZipFile(source)
 
     def decode(name):
         try:
             file = source / name if archive is None else io.BytesIO(archive.read(name))
-            return read_picture(file, res), folders.index(folder_of(name))
+            return read_picture(file, res), label_of[name]
         except Exception as error:  # whatever a broken file makes a decoder raise: it is skipped, and named
             return None, f"{name} ({type(error).__name__}: {error})"
 
+    names = list(label_of)
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(names), 512):
             yield from pool.map(decode, names[i : i + 512])
 
 
-def write_pack(folder, stream, n, res, label_names):
-    """Writes images.npy (n, res, res, 3), labels.npy and about.json into folder.
+def write_pack(folder, stream, shape, label_names):
+    """Writes images.npy of the given shape (n, res, res, C), labels.npy and about.json into folder.
 
     Pictures are appended, not written through a memory map: there a full disk kills the process, here it is an
     ordinary error.
     """
 
     def header(count):  # numpy leaves room in it for a longer count, so it can be written again in place
-        return {"descr": "|u1", "fortran_order": False, "shape": (count, res, res, 3)}
+        return {"descr": "|u1", "fortran_order": False, "shape": (count, *shape[1:])}
 
+    n = shape[0]
     labels, skipped, began, shown = [], [], time.time(), time.time()
     with open(folder / "images.npy", "wb") as file:
         np.lib.format.write_array_header_1_0(file, header(n))
@@ -408,37 +603,54 @@ def write_pack(folder, stream, n, res, label_names):
     (folder / "about.json").write_text(json.dumps({"label_names": label_names, "skipped": len(skipped)}))
 
 
+def channels(name):
+    return OFFICIAL[name]["channels"] if name in OFFICIAL else 3
+
+
 def load(name, root="data", res=32):
     """A dataset by name or path, packed on first use: (images, labels, label_names).
 
-    images: uint8 (N, res, res, 3), memory-mapped. labels: multi-hot (N, K) for faces, else one int64 each.
+    images: uint8 (N, res, res, C), memory-mapped. labels: multi-hot (N, K) for faces and celeba, else (N,) int64.
     """
     root = Path(root)
-    if name == "faces":
+    if name in OFFICIAL:
+        n, label_names = OFFICIAL[name]["n"], OFFICIAL[name]["label_names"]
+        files = find_official(name, root)
+        identity = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        stream = stream_official(name, root, res)
+    elif name == "faces":
         n, label_names = FACES, FACE_ATTRIBUTES
-        identity = [inspect.getsource(draw_faces)]  # whoever changes the drawing sees the change
+        identity = [Path(__file__).read_text()]  # whoever changes the drawing sees the change
         stream = stream_faces(res)
     else:
         source = find_celeba(root) if name == "celeba" else Path(name)
         if not source.exists():
             refuse(f"no dataset {name}: neither a folder or zip that exists nor one of {', '.join(PICTURES + POINTS)}")
         names = list_pictures(source)
-        n, label_names = len(names), sorted({folder_of(p) for p in names})
+        label_of, label_names = celeba_attributes(source, names) if name == "celeba" else (None, None)
+        if label_of is None:
+            label_names = sorted({folder_of(p) for p in names})
+            label_of = {p: label_names.index(folder_of(p)) for p in names}
+        n = len(names)
         stats = [os.stat(source / p) for p in names] if source.is_dir() else [os.stat(source)]
-        identity = [str(source.resolve()), names, [(s.st_size, s.st_mtime_ns) for s in stats]]
-        stream = stream_files(source, names, label_names, res)
+        identity = [str(source.resolve()), names, label_names, [(s.st_size, s.st_mtime_ns) for s in stats]]
+        stream = stream_files(source, label_of, res)
     digest = hashlib.sha256(json.dumps([identity, n, res]).encode()).hexdigest()[:12]
     pack = root / "cache" / f"{stem(name)}-{res}-{digest}"
     if not pack.exists():
+        for stale in pack.parent.glob(f"{pack.name}.part-*"):  # of processes that were killed
+            if not Path(f"/proc/{stale.name.rpartition('-')[2]}").exists() and Path("/proc/self").exists():
+                shutil.rmtree(stale, ignore_errors=True)
         part = pack.with_name(f"{pack.name}.part-{os.getpid()}")
         try:
             part.mkdir(parents=True)
-            need, free = n * res * res * 3, shutil.disk_usage(part).free
+            shape = (n, res, res, channels(name))
+            need, free = math.prod(shape), shutil.disk_usage(part).free
             if need > free:
                 refuse(f"{n:,} pictures at {res}x{res} take {need / 1e9:.1f} GB in {pack.parent}, where only "
                        f"{free / 1e9:.1f} GB are free; make room, or name a larger place: --root DIR")
             print(f"packing {n:,} pictures of {name} at {res}x{res} into {pack}", flush=True)
-            write_pack(part, stream, n, res, label_names)
+            write_pack(part, stream, shape, label_names)
             part.rename(pack)  # complete or not there at all
         except OSError as error:
             if not pack.exists():  # else another process was faster, which is as well
@@ -446,15 +658,32 @@ def load(name, root="data", res=32):
         finally:
             shutil.rmtree(part, ignore_errors=True)
     label_names = json.loads((pack / "about.json").read_text())["label_names"]
-    return np.load(pack / "images.npy", mmap_mode="r"), np.load(pack / "labels.npy"), label_names
+    try:
+        return np.load(pack / "images.npy", mmap_mode="r"), np.load(pack / "labels.npy"), label_names
+    except (ValueError, EOFError) as error:
+        refuse(f"{pack} is damaged ({error}); delete it, and it is packed again")
 
 
 @functools.lru_cache(maxsize=4)
 def split(n):
     """(training indices, held-out indices): a twentieth, at most 1,024, is held out, the same in every run."""
-    order = np.random.default_rng(key(0, HELD_OUT)).permutation(n)
+    order = np.random.default_rng(key(0, SPLIT)).permutation(n)
     held = min(1024, n // 20)
     return np.sort(order[held:]), order[:held] if held else order
+
+
+def choose_labels(labels, label_names, cond):
+    """The labels to learn and their names. cond: "all", or some attributes by name, comma-separated."""
+    if labels.ndim == 1 or cond == "all":
+        if cond != "all" or len(label_names) < 2:
+            refuse(f"--cond {cond}: the labels of this dataset are {', '.join(label_names) or 'none'}; use --cond all"
+                   if len(label_names) > 1 else f"--cond {cond}: this dataset has no labels to learn")
+        return labels, label_names
+    for name in cond.split(","):
+        if name not in label_names:
+            near = difflib.get_close_matches(name, label_names, 3, 0) or label_names
+            refuse(f"--cond {name}: no such attribute; the nearest are {', '.join(near)}")
+    return labels[:, [label_names.index(name) for name in cond.split(",")]], cond.split(",")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -474,7 +703,7 @@ def picture(pixels):
 def grid(pixels, columns=None):
     """uint8 (n, H, W, C) as one PIL image, as square as it goes; small pictures are enlarged to be seen."""
     n, H, W, C = pixels.shape
-    columns = columns or math.ceil(math.sqrt(n))
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
     rows = math.ceil(n / columns)
     gap = max(1, H // 16)
     sheet = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap, C), 255, np.uint8)
@@ -536,7 +765,13 @@ def main(argv=None):
     parser.add_argument("--res", type=int, default=32, help="pixels a side")
     parser.add_argument("--root", default="data", help="where datasets are looked for and packed arrays kept")
     parser.add_argument("--to", default=None, help="where the sheet goes (default: out/DATA-RES/data.png)")
+    parser.error = refuse
     args = parser.parse_args(argv)
+    if args.res < 8:
+        refuse(f"--res {args.res} is too small: at least 8")
+    if args.to and not args.to.endswith(".png"):
+        refuse(f"--to {args.to}: the sheet is a .png")
+    check_writable(Path(args.to or "out/x.png"))
     if args.data in POINTS:
         to = Path(args.to or f"out/{args.data}/data.png")
         sheet = scatter(points(args.data, 2000, np.random.default_rng(0)))
@@ -544,7 +779,7 @@ def main(argv=None):
         images, labels, label_names = load(args.data, args.root, args.res)
         to = Path(args.to or f"out/{stem(args.data)}-{args.res}/data.png")
         sheet = grid(images[split(len(images))[1][:64]])
-        print(f"{len(images):,} pictures; labels: {', '.join(label_names)}")
+        print(f"{len(images):,} pictures; labels: {', '.join(filter(None, label_names)) or 'none'}")
     to.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(to)
     print(f"wrote {to}")

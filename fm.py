@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-CLAMP = 0.05  # lower bound of a divisor (1-t for x-prediction) in training: bounds the loss weight at 1/0.05^2 = 400
+CLAMP = 0.05  # lower bound of a divisor that vanishes (1-t for x-prediction): bounds the loss weight at 1/0.05^2 = 400
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -58,7 +58,8 @@ def convert(p, have, want, z, t, path=linear, clamp=0.0):
     clamp: lower bound of the divisor, where there is one that vanishes: sigma for have = "x" (at the data end),
     alpha for have = "e" (at the noise end). A loss taken after such a division weighs the error of p by the square
     of the factor in front of p: on the straight path x -> v weighs it by 1 / max(1-t, clamp)^2, e -> v by
-    1 / max(t, clamp)^2, v -> x by (1-t)^2, v -> e by t^2.
+    1 / max(t, clamp)^2, v -> x by (1-t)^2, v -> e by t^2,
+    x -> e by (t / (1-t))^2, e -> x by the inverse of that.
     """
     if have == want:
         return p
@@ -87,11 +88,23 @@ def logit_normal_mean(res):
     return -0.8 - math.log(res / 256)
 
 
-def sample_t(n, mean=None, std=0.8, generator=None, device=None):
-    """n training times in (0, 1): sigmoid(mean + std * normal), or uniform if mean is None."""
+def sample_t(n, mean=None, std=0.8, cover=0.0, generator=None, device=None):
+    """n training times in (0, 1): sigmoid(mean + std * normal), or uniform if mean is None. cover: the share of the
+    former that is drawn uniformly instead, to be corrected by `importance`."""
     if mean is None:
         return torch.rand(n, generator=generator, device=device)
-    return torch.sigmoid(mean + std * torch.randn(n, generator=generator, device=device))
+    t = torch.sigmoid(mean + std * torch.randn(n, generator=generator, device=device))
+    if cover:
+        fair = torch.rand(2, n, generator=generator, device=device)
+        t = torch.where(fair[0] < cover, fair[1], t)
+    return t
+
+
+def importance(t, mean, cover, std=0.8):
+    """p(t) / q(t), where p is the logit-normal density and q = (1 - cover) p + cover what was drawn from: the weight
+    under which the mean loss stays what it was, while rare times are seen more often and each counts less."""
+    p = torch.exp(-(((torch.logit(t) - mean) / std) ** 2) / 2) / (std * math.sqrt(2 * math.pi) * t * (1 - t))
+    return p / ((1 - cover) * p + cover)
 
 
 def ot_pair(x, e, block=None):
@@ -102,6 +115,11 @@ def ot_pair(x, e, block=None):
     et al. 2023, arXiv 2304.14772). Only the noise moves, so x and its labels keep their order, and every e is used
     exactly once, so the noise stays standard normal. The assignment costs O(n^3): `block` solves it in groups
     of that many.
+
+    With labels: pairs are made before labels are hidden and regardless of them. So noise and label are no longer
+    independent: over the whole batch e is standard normal, but a label's own pictures take the noises near them, while
+    the sampler gives every label all of the noise. The flow of a label then starts from more than it was trained on;
+    guidance and few labels make it visible. Drop --ot where labels matter.
     """
     # |x - e|^2 = |x|^2 + |e|^2 - 2 x.e, and the first two sums are the same for every pairing.
     gain = (x.flatten(1) @ e.flatten(1).T).double().cpu().numpy()
@@ -117,10 +135,11 @@ def ot_pair(x, e, block=None):
 # The loss.
 
 
-def loss(net, x, e, t, y=None, predict="x", space="v", path=linear):
+def loss(net, x, e, t, y=None, predict="x", space="v", path=linear, jitter=None):
     """Flow matching loss of each sample, shape (B,): a plain regression, no ODE is solved in training.
 
     net(z, t, y) predicts `predict`; the squared error is taken in `space`; both are one of "x", "e", "v".
+    jitter: noise on z alone, shaped as z, which makes the network forgive a state that is a little off its path.
     The default, x and v, is Algorithm 1 of Li & He 2025 ("Back to Basics", arXiv 2511.13720): natural pictures lie
     near a low-dimensional surface, noise and velocity do not, and only the former is easy for a network to say.
     """
@@ -128,8 +147,9 @@ def loss(net, x, e, t, y=None, predict="x", space="v", path=linear):
     z = alpha * x + sigma * e
     v = d_alpha * x + d_sigma * e
     truth = {"x": x, "e": e, "v": v}[predict]
-    guess = net(z, t, y).to(z.dtype)
-    # Both sides pass the same clamped division: near t = 1 its effect on the target and on the guess cancels.
+    guess = net(z if jitter is None else z + jitter, t, y).to(z.dtype)
+    # Both sides pass the same clamped division, so z drops out of the difference: what is left is the error of the
+    # prediction times the (clamped) factor in front of it.
     error = convert(guess, predict, space, z, t, path, CLAMP) - convert(truth, predict, space, z, t, path, CLAMP)
     return error.square().flatten(1).mean(1)
 
@@ -138,62 +158,166 @@ def loss(net, x, e, t, y=None, predict="x", space="v", path=linear):
 # Sampling: follow dz/dt = v(z, t) from noise to data.
 
 
-def velocity(net, predict="x", path=linear, y=None):
+def velocity(net, predict="x", path=linear, y=None, guidance=1.0, interval=(0.1, 1.0), clamp=None):
     """The network's prediction as a velocity field v(z, t) for `solve`; t is a float.
 
     The training clamp must not come along for x-prediction: with 50 steps the last one would divide by 0.05 where
     1-t is 0.02, go only 40% of the way to the predicted picture, and leave the rest of the noise in it. Unclamped,
     the last Euler step is z + (1-t) (x_pred - z) / (1-t) = x_pred. At t = 1 that is 0/0: see `solve`.
     For e-prediction the division by alpha = t vanishes at the very first step, where nothing is known of x yet, and
-    there the clamp stays.
-    """
-    clamp = 0.0 if predict == "x" else CLAMP
+    there the clamp stays. clamp: another one than these.
 
-    def v(z, t):
+    guidance w: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), v_null + w (v_y - v_null), for t in
+    the interval only (Kynkaanniemi et al. 2024, arXiv 2404.07724); w = 1 and times outside cost nothing extra.
+    """
+    if clamp is None:
+        clamp = 0.0 if predict == "x" else CLAMP
+
+    def field(z, t, y):
         t = torch.full((len(z),), t, dtype=z.dtype, device=z.device)
         return convert(net(z, t, y).to(z.dtype), predict, "v", z, t, path, clamp)
+
+    def v(z, t):
+        if y is None or guidance == 1 or not interval[0] <= t <= interval[1]:
+            return field(z, t, y)
+        null = torch.full_like(y, -1)
+        v_y, v_null = field(torch.cat([z, z]), t, torch.cat([y, null])).chunk(2)  # one batch for both
+        return v_null + guidance * (v_y - v_null)
 
     return v
 
 
 def euler(v, z, t, s):
-    """One step from time t to time s, error O((s-t)^2): the definition of the derivative, read backwards."""
+    """One step from time t to time s: the definition of the derivative, read backwards. Order 1."""
     return z + (s - t) * v(z, t)
 
 
 def heun(v, z, t, s):
-    """Second order: the mean of the velocities at both ends of an Euler step."""
+    """The mean of the velocities at both ends of an Euler step. Order 2."""
     k = v(z, t)
     return z + (s - t) / 2 * (k + v(z + (s - t) * k, s))
 
 
-SOLVERS = {"euler": (euler, 1), "heun": (heun, 2)}  # step function, evaluations of v per step
+def midpoint(v, z, t, s):
+    """The velocity in the middle of an Euler step. Order 2."""
+    middle = (t + s) / 2
+    return z + (s - t) * v(z + (middle - t) * v(z, t), middle)
+
+
+def rk4(v, z, t, s):
+    """The classical Runge-Kutta method. Order 4."""
+    h, middle = s - t, (t + s) / 2
+    k1 = v(z, t)
+    k2 = v(z + h / 2 * k1, middle)
+    k3 = v(z + h / 2 * k2, middle)
+    k4 = v(z + h * k3, s)
+    return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+# Dormand & Prince 1980: times, and for each stage the weights of those before it. The last row is also the
+# fifth-order step itself; minus the fourth-order one it gives the error.
+DOPRI_T = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
+DOPRI_A = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+DOPRI_ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+def dopri5(v, z, t, s, tol):
+    """From t to s in steps as long as the error estimate stays below tol (1 + |z|), root mean square over the batch.
+    Order 5."""
+    h, k = (s - t) / 10, v(z, t)
+    while t != s:
+        h = s - t if abs(h) > abs(s - t) else h
+        ks = [k]
+        for c, row in zip(DOPRI_T[1:], DOPRI_A):
+            new = z + h * sum(a * k for a, k in zip(row, ks) if a)
+            ks.append(v(new, s if c == 1 and h == s - t else t + c * h))
+        error = h * sum(b * k for b, k in zip(DOPRI_ERROR, ks) if b)
+        ratio = (error / (tol * (1 + torch.maximum(z.abs(), new.abs())))).square().mean().sqrt().item()
+        if ratio <= 1:
+            t, z, k = (s if h == s - t else t + h), new, ks[-1]  # the last stage is the next step's first
+        elif abs(h) < 1e-9:
+            raise ValueError(f"dopri5: no step is short enough at t = {t:.6f} for tol = {tol}")
+        h *= min(5.0, max(0.2, 0.9 * max(ratio, 1e-10) ** -0.2))
+    return z
+
+
+SOLVERS = {"euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4, "dopri5": dopri5}
 
 
 @torch.no_grad()
-def solve(v, z, ts, solver="euler", end_euler=False, states=None):
+def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
     """Integrates dz/dt = v(z, t) along the time grid ts (floats, either direction); returns (z, NFE).
 
     end_euler: take the last step by Euler's rule. Needed when the network predicts x, since its velocity
-    (x_pred - z) / (1-t) is 0/0 at t = 1; Euler never looks there.
-    states: a list that receives every state, the first one included. NFE counts evaluations of v.
+    (x_pred - z) / (1-t) is 0/0 at t = 1; Euler never looks there (on the way from noise to data).
+    states: a list that receives the state at each time of the grid. NFE: number of evaluations of v.
+    tol: dopri5's, which takes its own steps between the grid's times.
     """
     nfe = 0
+
+    def counted(z, t):
+        nonlocal nfe
+        nfe += 1
+        return v(z, t)
+
     if states is not None:
         states.append(z)
-    for i in range(len(ts) - 1):
-        last = i == len(ts) - 2
-        step, cost = SOLVERS["euler" if end_euler and last else solver]
-        z = step(v, z, ts[i], ts[i + 1])
-        nfe += cost
+    for i, (t, s) in enumerate(zip(ts, ts[1:])):
+        name = "euler" if end_euler and i == len(ts) - 2 else solver
+        z = SOLVERS[name](counted, z, t, s, **({"tol": tol} if name == "dopri5" else {}))
         if states is not None:
             states.append(z)
     return z, nfe
 
 
-def time_grid(steps):
-    """steps + 1 equally spaced times from 0 (noise) to 1 (data)."""
-    return [i / steps for i in range(steps + 1)]
+def time_grid(steps, shift=1.0):
+    """steps + 1 times from 0 (noise) to 1 (data); equally spaced, or with shift > 1 denser near the noise: t / (t +
+    shift (1-t)), which divides the odds t / (1-t) by shift (Esser et al. 2024, arXiv 2403.03206, 5.3.2)."""
+    return [i / (i + shift * (steps - i)) for i in range(steps + 1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Likelihood: a flow is invertible, so the density of its samples is known (Chen et al. 2018, arXiv 1806.07366).
+
+
+def log_likelihood(v, x, ts, solver="rk4", probe=None):
+    """log p(x) of each sample in nats, (B,), and the NFE: solves z from data back to noise together with
+
+        d log p(z_t) / dt = - trace(dv/dz)        so log p(x) = log N(e; 0, 1) - integral of the trace over [0, 1]
+
+    ts: time grid from data (about 1) down to noise (0). probe: None for the exact trace, d backward passes per
+    evaluation; or random signs shaped as x, kept for the whole solve, for Hutchinson's unbiased estimate
+    probe . dv/dz probe in one (Grathwohl et al. 2018, arXiv 1810.01367).
+    """
+    d = x[0].numel()
+
+    def with_trace(state, t):
+        z = state[:, :d].reshape(x.shape)
+        with torch.enable_grad():
+            z.requires_grad_()
+            out = v(z, t)
+            if probe is not None:
+                trace = (torch.autograd.grad(out, z, probe)[0] * probe).flatten(1).sum(1)
+            else:
+                rows = (torch.autograd.grad(out.flatten(1)[:, i].sum(), z, retain_graph=True)[0] for i in range(d))
+                trace = sum(row.flatten(1)[:, i] for i, row in enumerate(rows))
+        return torch.cat([out.detach().flatten(1), trace[:, None]], dim=1)
+
+    end, nfe = solve(with_trace, torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1), ts, solver)
+    normal = -(end[:, :d].square().sum(1) + d * math.log(2 * math.pi)) / 2
+    return normal + end[:, d], nfe  # integrated from 1 down to 0, the trace comes with the minus sign already
+
+
+def bits_per_dimension(log_p, d):
+    """Of pixels: bytes b became (b + u) / 128 - 1 with u uniform in [0, 1), and that scaling costs 7 bits each."""
+    return -log_p / (d * math.log(2)) + 7
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,24 @@ def sinusoidal(t, dim, max_period=10000.0):
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
+class Labels(nn.Module):
+    """Label(s) -> a vector to add to time's: a learned row for each label, and one for "no label", y = -1."""
+
+    def __init__(self, labels, dim):
+        super().__init__()
+        self.rows = nn.Parameter(0.02 * torch.randn(labels + 1, dim)) if labels else None
+
+    def forward(self, y):
+        if self.rows is None:
+            return 0
+        if y is None:
+            return self.rows[-1]
+        if y.dim() == 1:
+            return self.rows[y]  # -1 is the last row
+        some = (y >= 0).all(1, keepdim=True)  # (B, 1); multi-hot y are (B, K), all -1 where there is no label
+        return torch.where(some, y.to(self.rows.dtype) @ self.rows[:-1], self.rows[-1])  # (B, D)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # MLP, for points
 
@@ -200,7 +218,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        hidden = round(dim * 8 / 3 / 64) * 64  # three matrices of 8/3 D cost as much as the usual two of 4 D
+        hidden = max(1, round(dim * 8 / 3 / 64)) * 64  # three matrices of 8/3 D cost as much as the usual two of 4 D
         self.gate = nn.Linear(dim, hidden, bias=False)
         self.up = nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
@@ -232,7 +250,7 @@ class Transformer(nn.Module):
     2025, arXiv 2511.13720)."""
 
     def __init__(self, res, channels=3, patch=16, stride=12, width=768, depth=12, heads=12, norm="rms",
-                 attention="auto", bottleneck=128):
+                 attention="auto", labels=0, bottleneck=128):
         super().__init__()
         check_stride(res, patch, stride)
         if width % heads or width // heads % 4:
@@ -243,6 +261,7 @@ class Transformer(nn.Module):
         # Through 128 numbers a patch: natural patches need no more, and noise cannot all pass (JiT, section 4.3).
         self.embed = nn.Sequential(nn.Linear(P, bottleneck, bias=False), nn.Linear(bottleneck, width))
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.labels = Labels(labels, width)
         self.blocks = nn.ModuleList([Block(width, heads, norm, attention) for _ in range(depth)])
         self.norm = NORMS[norm](width)
         self.head = nn.Linear(width, P)
@@ -254,7 +273,7 @@ class Transformer(nn.Module):
             self.register_buffer(name, table, persistent=False)  # moves with the network, is not saved with it
 
     def forward(self, z, t, y=None):
-        c = F.silu(self.time(sinusoidal(t, 256)))  # (B, D)
+        c = F.silu(self.time(sinusoidal(t, 256)) + self.labels(y))  # (B, D)
         h = self.embed(patchify(z, self.patch, self.stride))  # (B, N, D)
         h = h + self.position.to(h.dtype)
         cos, sin = self.cos.to(h.dtype), self.sin.to(h.dtype)
@@ -264,7 +283,121 @@ class Transformer(nn.Module):
         return unpatchify(patches, self.res, self.patch, self.stride)  # (B, C, H, W)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# UNet, for small pictures (Ronneberger et al. 2015, arXiv 1505.04597; as a diffusion network: Ho et al. 2020,
+# arXiv 2006.11239). W is its width and R = res: W channels at R x R, 2 W at R/2, 4 W at R/4, so that a convolution
+# costs the same on each level.
+
+
+def group_norm(channels):
+    """16 channels a group, whatever the width (Wu & He 2018, arXiv 1803.08494, compare the choices)."""
+    return nn.GroupNorm(channels // 16, channels)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, convolution, twice. Time (and label) scale and shift what the second norm gives ("adaptive
+    group norm", Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+
+    def __init__(self, a, b, dim):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(a), nn.Conv2d(a, b, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(b), nn.Conv2d(b, b, 3, padding=1)
+        self.modulation = nn.Linear(dim, 2 * b)
+        self.shortcut = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
+        # conv2 = 0: at the start the block is its shortcut, and the deep network trains like a shallow one;
+        # modulation = 0: scale 1, shift 0, so that time is let in only as far as it helps.
+        for layer in (self.conv2, self.modulation):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, h, c):
+        scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)  # (B, b, 1, 1) each
+        r = self.conv1(F.silu(self.norm1(h)))  # (B, a, R, R) -> (B, b, R, R)
+        r = self.conv2(F.silu(self.norm2(r) * (1 + scale) + shift))  # (B, b, R, R)
+        return self.shortcut(h) + r
+
+
+class Level(nn.Module):
+    """Residual blocks in a row; the first goes from a to b channels."""
+
+    def __init__(self, a, b, dim, depth):
+        super().__init__()
+        self.blocks = nn.ModuleList([ResBlock(b if i else a, b, dim) for i in range(depth)])
+
+    def forward(self, h, c):
+        for block in self.blocks:
+            h = block(h, c)
+        return h
+
+
+class PixelAttention(nn.Module):
+    """Every pixel attends to all others. No positions: the convolutions, whose padding marks the border, supply
+    them."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.norm = heads, group_norm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.out.weight)  # nothing is added at the start, as with conv2
+
+    def forward(self, h):
+        B, D, R, _ = h.shape
+        tokens = self.norm(h).flatten(2).transpose(1, 2)  # (B, D, R, R) -> (B, N, D)
+        q, k, v = self.qkv(tokens).view(B, R * R, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+        mixed = ATTENTION["auto"](q, k, v).transpose(1, 2).reshape(B, R * R, D)  # (B, N, D)
+        return h + self.out(mixed).transpose(1, 2).reshape(B, D, R, R)
+
+
+class UNet(nn.Module):
+    """Down to a quarter of the resolution, where attention is affordable, and up again; on the way up each level
+    sees what the same level knew on the way down, so that detail need not pass through the bottom."""
+
+    def __init__(self, res, channels=1, width=32, depth=2, heads=4, labels=0):
+        """depth: residual blocks per level, on the way down and again on the way up."""
+        super().__init__()
+        if res % 4:
+            raise ValueError(f"res {res} must be a multiple of 4: the UNet halves it twice")
+        if width % 16:
+            raise ValueError(f"width {width} must be a multiple of 16: its group norm takes 16 channels a group")
+        if 4 * width % heads:
+            raise ValueError(f"4 x width = {4 * width} channels must split into {heads} heads")
+        W, D = width, 4 * width
+        self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
+        self.labels = Labels(labels, D)
+        self.embed = nn.Conv2d(channels, W, 3, padding=1)
+        self.down1 = Level(W, W, D, depth)
+        self.down2 = Level(W, 2 * W, D, depth)
+        self.down3 = Level(2 * W, 4 * W, D, depth)
+        self.attention = PixelAttention(4 * W, heads)
+        self.up3 = Level(4 * W, 4 * W, D, depth)
+        self.up2 = Level(2 * W + 2 * W, 2 * W, D, depth)  # from below, and from the way down
+        self.up1 = Level(W + W, W, D, depth)
+        # A 1x1 convolution before the upsampling gives what it would give after it, at a quarter of the cost.
+        self.grow2 = nn.Sequential(nn.Conv2d(4 * W, 2 * W, 1), nn.Upsample(scale_factor=2))
+        self.grow1 = nn.Sequential(nn.Conv2d(2 * W, W, 1), nn.Upsample(scale_factor=2))
+        self.norm, self.head = group_norm(W), nn.Conv2d(W, channels, 3, padding=1)
+        nn.init.zeros_(self.head.weight)  # start from "grey" rather than from random pixels
+        nn.init.zeros_(self.head.bias)
+        # A pixel's channels lie side by side in memory, the order in which convolutions read them; features take
+        # over the layout of the weights. This takes a quarter off the step on a CPU.
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, z, t, y=None):
+        c = F.silu(self.time(sinusoidal(t, 256)) + self.labels(y))  # (B, D)
+        h1 = self.down1(self.embed(z), c)  # (B, W, R, R)
+        h2 = self.down2(F.avg_pool2d(h1, 2), c)  # (B, 2W, R/2, R/2)
+        h = self.down3(F.avg_pool2d(h2, 2), c)  # (B, 4W, R/4, R/4)
+        h = self.up3(self.attention(h), c)  # (B, 4W, R/4, R/4)
+        h = self.up2(torch.cat([self.grow2(h), h2], dim=1), c)  # (B, 2W, R/2, R/2)
+        h = self.up1(torch.cat([self.grow1(h), h1], dim=1), c)  # (B, W, R, R)
+        return self.head(F.silu(self.norm(h))).float().contiguous()  # (B, C, R, R)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
 def build(kind, **sizes):
     """A network from plain numbers and strings, so that a checkpoint can rebuild its own. ValueError: sizes that
     do not fit together."""
-    return {"mlp": MLP, "transformer": Transformer}[kind](**sizes)
+    return {"mlp": MLP, "transformer": Transformer, "unet": UNet}[kind](**sizes)

@@ -8,6 +8,7 @@ float32 array (n, C, H, W) or (n, 2), anything without an ending a folder of sin
 
 import argparse
 import contextlib
+import math
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def pick_device(name):
     """"auto" is the best there is. An absent device is the user's mistake."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(d for d in there if there[d]) if name == "auto" else name
-    if name.split(":")[0] not in there or not there[name.split(":")[0]]:
+    if not there.get(name):
         data.refuse(f"no device {name} here; there is: {', '.join(d for d in there if there[d])}")
     return torch.device(name)
 
@@ -42,37 +43,68 @@ def autocast(device, bf16=True):
     return torch.autocast(device.type, torch.bfloat16) if on else contextlib.nullcontext()
 
 
-def load(folder, device, weights="ema"):
-    """The network of out/<name>/ckpt.pt and its config (a dict), ready to sample from."""
-    path = Path(folder)
-    path = path / "ckpt.pt" if path.suffix != ".pt" else path
+def read_checkpoint(path):
+    """What train.py saved, on the CPU, with a network of its shape under "built". Refuses anything else."""
     if not path.is_file():
         data.refuse(f"no checkpoint {path}: train first (python train.py), or name the folder that train.py wrote")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        net = model.build(**checkpoint["net"])
-        net.load_state_dict(checkpoint["weights" if weights == "raw" else weights])
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["built"] = model.build(**checkpoint["net"])
+        for part in ("weights", "ema"):
+            checkpoint["built"].load_state_dict(checkpoint[part])
+        checkpoint["config"]["data"], checkpoint["step"], checkpoint["optimizers"], checkpoint["label_names"]
     except Exception as error:  # torch.load alone raises half a dozen kinds for a damaged file
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or "empty").splitlines()[0]
         data.refuse(f"{path} is not a checkpoint of this program ({type(error).__name__}: {reason})")
-    return net.to(device).eval().requires_grad_(False), checkpoint["config"]
+    return checkpoint
 
 
-def noise(n, shape, seed, first=0):
-    """Noise of samples first .. first + n - 1: sample i's is a function of (seed, i) alone, whatever the batch."""
-    streams = [torch.Generator().manual_seed(data.key(seed, data.SAMPLE, i)) for i in range(first, first + n)]
+def load(path, device, weights="ema"):
+    """The network of a checkpoint, ready to sample from, its config (a dict) and the names of its labels."""
+    checkpoint = read_checkpoint(path)
+    net = checkpoint["built"]
+    net.load_state_dict(checkpoint[{"raw": "weights", "ema": "ema"}[weights]])
+    return net.to(device).eval().requires_grad_(False), checkpoint["config"], checkpoint["label_names"]
+
+
+def noise(n, shape, seed):
+    """Noise of n samples: sample i's is a function of (seed, i) alone, whatever the batch."""
+    streams = [torch.Generator().manual_seed(data.key(seed, data.SAMPLE, i)) for i in range(n)]
     return torch.stack([torch.randn(shape, generator=g) for g in streams])
 
 
 def shape_of(config):
-    return (2,) if config["data"] in data.POINTS else (3, config["res"], config["res"])
+    return (2,) if config["data"] in data.POINTS else (data.channels(config["data"]), config["res"], config["res"])
 
 
-def generate(net, config, e, steps, solver="euler", states=None):
+def generate(net, config, e, steps, solver="euler", states=None, y=None, guidance=1.0, interval=(0.1, 1.0), shift=1.0,
+             tol=1e-4):
     """Follows the flow from noise e to samples, float32, shaped as e. Returns (samples, NFE)."""
-    v = fm.velocity(net, config["predict"], fm.PATHS[config["path"]])
+    v = fm.velocity(net, config["predict"], fm.PATHS[config["path"]], y, guidance, interval)
+    ts = fm.time_grid(steps, shift)
+    if solver == "dopri5":  # chooses its own steps, up to where x-prediction's velocity is 0/0
+        ts = [0.0, 0.999, 1.0] if config["predict"] == "x" else [0.0, 1.0]
     with autocast(e.device, config["bf16"]):
-        return fm.solve(v, e, fm.time_grid(steps), solver, end_euler=config["predict"] == "x", states=states)
+        return fm.solve(v, e, ts, solver, config["predict"] == "x", states, tol)
+
+
+def parse_label(text, names, config):
+    """--label as y: a class by name or number, attributes by name (comma-separated), or all: one row for each."""
+    if not names:
+        data.refuse(f"--label {text}: this network has learnt no labels; train with --cond all")
+    many = config["data"] in ("faces", "celeba")  # several may hold at once
+    eye = torch.eye(len(names), dtype=torch.int64) if many else torch.arange(len(names))
+    if text == "all":
+        return eye
+    rows = []
+    for word in text.split(","):
+        if word in names:
+            rows.append(eye[names.index(word)])
+        elif word.isdigit() and int(word) < len(names):
+            rows.append(eye[int(word)])
+        else:
+            data.refuse(f"--label {word}: not one of {', '.join(names)}")
+    return torch.stack(rows).amax(0, keepdim=True) if many else torch.stack(rows)
 
 
 def draw(x, config, columns=None):
@@ -82,7 +114,6 @@ def draw(x, config, columns=None):
 
 def write(x, states, config, to, columns=None):
     """x to the file or folder `to`, whose ending says how; states: those of the whole flow, for a GIF."""
-    to.parent.mkdir(parents=True, exist_ok=True)
     if to.suffix == ".png":
         draw(x, config, columns).save(to)
     elif to.suffix == ".gif":
@@ -95,43 +126,132 @@ def write(x, states, config, to, columns=None):
             data.picture(pixels).save(to / f"{i:05d}.png")
 
 
+def held_out(config, n):
+    """n samples that were not trained on, as a tensor: points, or bytes (n, C, H, W) as floats 0..255."""
+    if config["data"] in data.POINTS:
+        rng = np.random.default_rng(data.key(1, data.HELD_OUT, 0))
+        return torch.from_numpy(data.points(config["data"], n, rng))
+    images = data.load(config["data"], config["root"], config["res"])[0]
+    return torch.from_numpy(images[data.split(len(images))[1][:n]]).permute(0, 3, 1, 2).float()
+
+
+def likelihood(net, config, n, steps, seed, device):
+    """Prints bits per dimension (pictures) or nats (points) of n held-out samples, with the standard error."""
+    points = config["data"] in data.POINTS
+    x = held_out(config, n)
+    # Bytes become densities by adding the fraction that rounding took away: (b + u) / 256, stretched to [-1, 1].
+    x = x if points else (x + torch.rand(x.shape, generator=torch.Generator().manual_seed(seed))) / 128 - 1
+    # From data to noise the training clamp is right: unclamped, an x-prediction's velocity is 0/0 at t = 1, and near
+    # it blows up every error. Clamped, it is the field that was trained, and any field has a likelihood.
+    v = fm.velocity(net, config["predict"], fm.PATHS[config["path"]], clamp=fm.CLAMP)
+    parts = []
+    for part in x.split(n if points else 64):
+        sign = torch.randint(0, 2, part.shape, generator=torch.Generator().manual_seed(seed + 1)) * 2.0 - 1
+        probe = None if points else sign.to(device)
+        log_p, nfe = fm.log_likelihood(v, part.to(device), fm.time_grid(steps)[::-1], "heun", probe)
+        parts.append(log_p.cpu())
+    log_p = torch.cat(parts)
+    score = -log_p if points else fm.bits_per_dimension(log_p, x[0].numel())
+    error = score.std(correction=min(1, len(score) - 1)) / math.sqrt(len(score))
+    print(f"{score.mean():.3f} +- {error:.3f} {'nats' if points else 'bits per dimension'} on {len(score)} held-out "
+          f"samples, {steps} steps of heun, NFE {nfe}")
+
+
+def sweep(net, config, e, y):
+    """Prints how far each solver is from the exact flow, by evaluations of the network; for points also W2."""
+    points = config["data"] in data.POINTS
+    exact, _ = generate(net, config, e, 100, "rk4", y=y)
+    fresh = held_out(config, len(e)).to(e.device) if points else None
+    print("solver    steps or tol   NFE   RMS distance from the exact flow" + ("   W2 to data" if points else ""))
+    trials = [(name, budget // cost) for name, cost in (("euler", 1), ("heun", 2), ("midpoint", 2), ("rk4", 4))
+              for budget in (4, 8, 16, 32, 64)]
+    for solver, steps in [*trials, *(("dopri5", tol) for tol in (1e-1, 1e-2, 1e-3, 1e-4))]:
+        x, nfe = generate(net, config, e, steps if solver != "dopri5" else 1, solver, y=y, tol=steps)
+        row = f"{solver:8s} {steps:13g} {nfe:5d} {(x - exact).square().mean().sqrt():34.4f}"
+        print(row + (f"{fm.w2(fresh, x):13.3f}" if points else ""), flush=True)
+
+
+def slerp(a, b, s):
+    """Between two noises along the sphere on which noise lies: a straight mixture would be too short to be noise."""
+    angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
+    return (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Draws samples from a trained flow.", allow_abbrev=False)
+    parser.error = data.refuse
     parser.add_argument("folder", help="what train.py wrote, such as out/faces-32")
     parser.add_argument("--n", type=int, default=64, help="how many samples")
     parser.add_argument("--steps", type=int, default=50, help="steps of the solver")
     parser.add_argument("--solver", default="heun", choices=list(fm.SOLVERS))
     parser.add_argument("--seed", type=int, default=0, help="sample i depends on (seed, i) only")
+    parser.add_argument("--tol", type=float, default=1e-4, help="error that dopri5 allows itself per step")
+    parser.add_argument("--shift", type=float, default=1.0, help="more than 1: smaller steps near the noise")
+    parser.add_argument("--label", default=None, help="a name or number, several (a,b), or all: a row each")
+    parser.add_argument("--guidance", type=float, default=1.0, help="how strongly the label pulls; 1 is not at all")
+    parser.add_argument("--interval", default="0.1,1", help="times between which guidance is on")
+    parser.add_argument("--interpolate", type=int, default=0, help="pictures from each noise to the next")
+    parser.add_argument("--sweep", action="store_true", help="instead: a table of error against NFE for every solver")
+    parser.add_argument("--bpd", type=int, default=0, help="instead: the likelihood of so many held-out samples")
     parser.add_argument("--batch", type=int, default=None, help="samples at once (default: 64; points: all)")
     parser.add_argument("--weights", default="ema", choices=["ema", "raw"], help="averaged or last weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--columns", type=int, default=None, help="pictures in a row (default: a square grid)")
     parser.add_argument("--to", default=None, help="x.png, x.gif, x.npy or a folder (default: FOLDER/samples.png)")
     args = parser.parse_args(argv)
-    if min(args.n, args.steps, args.batch or 1, args.columns or 1) < 1:
+    if any(number is not None and number < 1 for number in (args.n, args.steps, args.batch, args.columns)):
         data.refuse("--n, --steps, --batch and --columns must be at least 1")
+    if min(args.seed, args.bpd, args.interpolate) < 0 or not (args.tol > 0 and args.shift > 0):
+        data.refuse("--seed, --bpd and --interpolate must not be negative, --tol and --shift must be more than 0")
     device = pick_device(args.device)
-    net, config = load(args.folder, device, args.weights)
-    to = Path(args.to) if args.to else Path(args.folder) / "samples.png"
+    path = Path(args.folder)
+    path = path if path.suffix == ".pt" else path / "ckpt.pt"
+    net, config, label_names = load(path, device, args.weights)
+    try:
+        interval = tuple(float(part) for part in args.interval.split(","))
+        lo, hi = interval
+    except ValueError:
+        data.refuse(f"--interval {args.interval}: two times, such as 0.1,1")
+    y, columns = None, args.columns
+    if args.label:
+        rows = parse_label(args.label, label_names, config)
+        each = math.ceil(args.n / len(rows))
+        args.n, y = each * len(rows), rows.repeat_interleave(each, 0).to(device)
+        columns = columns or (each if len(rows) > 1 else None)
+    elif args.guidance != 1:
+        data.refuse("--guidance needs a --label to pull towards")
+    to = Path(args.to) if args.to else path.parent / "samples.png"
     points = config["data"] in data.POINTS
     if to.suffix not in (".png", ".gif", ".npy", "") or (points and not to.suffix):
         endings = ".png, .gif or .npy" + ("" if points else ", or none (a folder)")
         data.refuse(f"cannot write {to}: its ending must be {endings}")
+    data.check_writable(to)
 
     if points and device.type == "cpu":
         torch.set_num_threads(1)  # see train.py
-    size = args.batch or (args.n if points else 64)
+    shape = shape_of(config)
+    if args.bpd:
+        return likelihood(net, config, args.bpd, args.steps, args.seed, device)
+    if args.sweep:
+        return sweep(net, config, noise(args.n, shape, args.seed).to(device), y)
+    e = noise(args.n, shape, args.seed)
+    if args.interpolate:  # a row from each noise to the next
+        columns, s = args.interpolate, torch.linspace(0, 1, args.interpolate).tolist()
+        e = torch.stack([slerp(a, b, part) for a, b in zip(e, e.roll(-1, 0)) for part in s])
+        y = None if y is None else y.repeat_interleave(columns, 0)
+    size = args.batch or (len(e) if points else 64)
     began, parts, states = time.time(), [], []
-    for first in range(0, args.n, size):
-        e = noise(min(size, args.n - first), shape_of(config), args.seed, first).to(device)
+    for i in range(0, len(e), size):
         flow = [] if to.suffix == ".gif" else None
-        x, nfe = generate(net, config, e, args.steps, args.solver, flow)
+        part = None if y is None else y[i : i + size]
+        x, nfe = generate(net, config, e[i : i + size].to(device), args.steps, args.solver, flow, part, args.guidance,
+                          interval, args.shift, args.tol)
         parts.append(x)
         states.append(flow)
     seconds = time.time() - began
     states = [torch.cat(batch) for batch in zip(*states)] if to.suffix == ".gif" else None
-    write(torch.cat(parts), states, config, to, args.columns)
-    print(f"{args.n} samples, {args.steps} steps of {args.solver}, NFE {nfe}, {args.n / seconds:.1f} samples/s")
+    write(torch.cat(parts), states, config, to, columns)
+    print(f"{len(e)} samples, {args.steps} steps of {args.solver}, NFE {nfe}, {len(e) / seconds:.1f} samples/s")
     print(f"wrote {to}")
 
 

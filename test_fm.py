@@ -4,13 +4,20 @@ Each holds a property against something that does not share its code: a closed f
 distributions, torch's own layers, a second process.
 """
 
+import gzip
+import hashlib
+import http.server
+import io
 import itertools
 import math
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
-import time
+import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -37,6 +44,7 @@ def fresh_folder(tmp_path, monkeypatch):
     """Every test runs in a folder of its own, with few faces, and leaves signals and threads as they were."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "FACES", 60)
+    monkeypatch.setenv("no_proxy", "*")
     handlers, threads = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}, torch.get_num_threads()
     torch.manual_seed(0)
     yield
@@ -51,7 +59,7 @@ def refused(capsys, run, *words, status=2):
         run()
     line = capsys.readouterr().err.strip()
     assert end.value.code == status
-    assert line.splitlines()[-1] and "Traceback" not in line
+    assert len(line.splitlines()) == 1 and "Traceback" not in line, line
     for word in words:
         assert word in line, line
     return line
@@ -180,17 +188,92 @@ def test_w2_of_a_shifted_cloud_is_the_shift():
 
 
 def errors_on_analytic_ode(solver):
-    """dz/dt = z cos(2t), z = exp(sin(2t)/2): errors at t = 1 for 20, 40, 80 steps."""
-    v = lambda z, t: z * math.cos(2 * t)
+    """dz/dt = -2 t z^2, z = 1 / (1 + t^2): errors at t = 1 for 20, 40, 80 steps."""
+    v = lambda z, t: -2 * t * z**2
     z = torch.ones(1, 1, dtype=torch.float64)
-    return [abs(fm.solve(v, z, fm.time_grid(n), solver)[0].item() - math.exp(math.sin(2) / 2)) for n in (20, 40, 80)]
+    return [abs(fm.solve(v, z, fm.time_grid(n), solver)[0].item() - 0.5) for n in (20, 40, 80)]
 
 
-@pytest.mark.parametrize("solver,order", [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("solver,order", [("euler", 1), ("heun", 2), ("midpoint", 2), ("rk4", 4)])
 def test_order_of_convergence(solver, order):
     errors = errors_on_analytic_ode(solver)
     for coarse, fine in zip(errors, errors[1:]):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+def test_dopri5_keeps_its_tolerance_and_has_order_5():
+    """Its error per step is tol ~ h^5, so 32 times the accuracy should cost about twice the evaluations."""
+    v = lambda z, t: z * math.cos(12 * t) * 6
+    exact, results = math.exp(math.sin(12) / 2), []
+    for tol in (1e-4, 1e-4 / 32, 1e-4 / 1024):
+        z, nfe = fm.solve(v, torch.ones(1, 1, dtype=torch.float64), [0.0, 1.0], "dopri5", tol=tol)
+        assert abs(z.item() - exact) < 20 * tol
+        results.append(nfe)
+    for fewer, more in zip(results, results[1:]):
+        assert more / fewer == pytest.approx(2, rel=0.25)
+
+
+def test_shifted_time_grid_divides_the_odds_and_keeps_the_ends():
+    plain, shifted = fm.time_grid(10), fm.time_grid(10, shift=3.0)
+    assert shifted[0] == 0 and shifted[-1] == 1 and plain[3] == pytest.approx(0.3)
+    for t, s in zip(plain[1:-1], shifted[1:-1]):
+        assert s / (1 - s) == pytest.approx(t / (1 - t) / 3)
+
+
+def test_guidance_is_off_at_1_and_outside_its_interval_and_runs_one_batch_inside():
+    batches = []
+
+    def net(z, t, y):
+        batches.append(len(z))
+        return z * 0 + y[:, None].float()  # velocity: the label, or -1 without one
+
+    z, y = torch.zeros(4, 2), torch.full((4,), 3)
+    for w, t, want in ((1.0, 0.5, 3.0), (2.0, 0.05, 3.0), (2.0, 0.5, 7.0), (0.0, 0.5, -1.0)):
+        assert (fm.velocity(net, "v", y=y, guidance=w, interval=(0.1, 0.9))(z, t) == want).all()
+    assert batches == [4, 4, 8, 8]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Likelihood
+
+
+@pytest.mark.parametrize("hutchinson", [False, True])
+def test_likelihood_of_a_gaussian_is_its_closed_form(hutchinson):
+    m, s = 0.7, 0.5
+    v = lambda z, t: m + (t * s**2 - (1 - t)) / (t**2 * s**2 + (1 - t) ** 2) * (z - t * m)
+    x = m + s * torch.randn(50, 3, dtype=torch.float64)
+    sign = torch.sign(torch.randn_like(x)) if hutchinson else None  # exact here: the Jacobian is diagonal
+    log_p, _ = fm.log_likelihood(v, x, fm.time_grid(200)[::-1], "rk4", sign)
+    want = scipy.stats.norm(m, s).logpdf(x.numpy()).sum(1)
+    np.testing.assert_allclose(log_p, want, atol=1e-5)
+
+
+def test_likelihood_of_a_mixture_of_noisy_points_is_its_closed_form():
+    """The flow to a finite dataset, stopped at t: points t x_i, each with noise 1-t around it."""
+    points = torch.tensor([[-1.0, 0.5], [1.0, -0.3], [0.2, 1.0]], dtype=torch.float64)
+    end, v = 0.8, fm.velocity(ideal_denoiser(points))
+    z = end * points[torch.randint(0, 3, (40,))] + (1 - end) * torch.randn(40, 2, dtype=torch.float64)
+    log_p, _ = fm.log_likelihood(v, z, [end * t for t in fm.time_grid(300)[::-1]], "rk4")
+    each = [scipy.stats.multivariate_normal(end * p, (1 - end) ** 2).logpdf(z) for p in points.numpy()]
+    np.testing.assert_allclose(log_p, scipy.special.logsumexp(each, axis=0) - math.log(3), atol=1e-5)
+
+
+def test_hutchinson_estimates_the_trace_without_bias():
+    A = torch.randn(4, 4, dtype=torch.float64)
+    v = lambda z, t: z @ A.T / 4
+    x = torch.zeros(20_000, 4, dtype=torch.float64)
+    exact, _ = fm.log_likelihood(v, x[:1], [1.0, 0.0], "rk4")
+    guess, _ = fm.log_likelihood(v, x, [1.0, 0.0], "rk4", torch.randint(0, 2, x.shape) * 2.0 - 1.0 + 0 * x)
+    assert abs(guess.mean() - exact) < 4 * guess.std() / math.sqrt(20_000)
+
+
+def test_uniform_bytes_have_eight_bits_per_dimension():
+    """Density 1/2 on [-1, 1] in every dimension."""
+    assert fm.bits_per_dimension(torch.tensor(10 * math.log(0.5)), 10) == pytest.approx(8)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Solvers backwards
 
 
 @pytest.mark.parametrize("solver", fm.SOLVERS)
@@ -335,6 +418,16 @@ def test_attention_by_hand_equals_the_fused_one_forward_and_gradient():
         torch.testing.assert_close(hand, fused)
 
 
+def test_importance_weights_leave_the_mean_loss_as_it_was():
+    """E_q[w f] = E_p[f] for any f, and rare times are drawn far more often."""
+    g, f = torch.Generator().manual_seed(0), lambda t: torch.sin(9 * t) + t**3
+    plain = fm.sample_t(400_000, -0.8, generator=g)
+    covered = fm.sample_t(400_000, -0.8, cover=0.3, generator=g)
+    weight = fm.importance(covered, -0.8, 0.3)
+    assert abs((weight * f(covered)).mean() - f(plain).mean()) < 0.01 and abs(weight.mean() - 1) < 0.01
+    assert (covered > 0.9).float().mean() > 5 * (plain > 0.9).float().mean()
+
+
 def small_transformer(**sizes):
     return model.build("transformer", **{**dict(res=16, patch=8, stride=4, width=32, depth=2, heads=2), **sizes})
 
@@ -366,6 +459,37 @@ def test_every_parameter_of_the_transformer_learns(norm):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("res,channels", [(28, 1), (32, 3)])
+def test_every_parameter_of_the_unet_learns(res, channels):
+    net = model.build("unet", res=res, channels=channels, width=16, depth=1, heads=2, labels=3)
+    x, y = torch.randn(6, channels, res, res).tanh(), torch.tensor([0, 1, 2, -1, 0, 1])
+    assert net(x, torch.rand(6), y).shape == x.shape and (net(x, torch.rand(6), y) == 0).all()
+    before, losses = [p.clone() for p in net.parameters()], []
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0)
+    for _ in range(25):
+        losses.append(fm.loss(net, x, torch.randn_like(x), torch.rand(6), y).mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters()))
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_unet_refuses_sizes_that_do_not_fit():
+    for sizes, word in ((dict(res=30), "res 30"), (dict(width=20), "width 20"), (dict(heads=7), "7 heads")):
+        with pytest.raises(ValueError, match=word):
+            model.build("unet", **{**dict(res=28, width=32, heads=4), **sizes})
+
+
+def test_labels_are_rows_of_a_table_and_no_label_has_a_row_of_its_own():
+    labels = model.Labels(3, 5)
+    one = labels(torch.tensor([0, 2, -1]))
+    torch.testing.assert_close(one, labels.rows[[0, 2, 3]])
+    many = labels(torch.tensor([[1, 0, 1], [0, 0, 0], [-1, -1, -1]]))
+    torch.testing.assert_close(many, torch.stack([labels.rows[0] + labels.rows[2], 0 * labels.rows[0], labels.rows[3]]))
+    assert torch.equal(labels(None), labels.rows[3]) and model.Labels(0, 5)(None) == 0
+
+
 def test_the_256_pixel_face_model_has_about_115M_parameters_and_441_tokens():
     config = train.resolve({"data": "celeba", "res": 256})
     with torch.device("meta"):
@@ -395,12 +519,27 @@ def test_batches_are_epochs_of_permutations_laid_end_to_end():
 def test_ranks_share_out_a_batch_without_overlap_and_draw_different_noise():
     config = train.resolve({"data": "faces", "batch": 8, "flip": False})
     images, _, _ = data.load("faces", "data", 32)
-    whole = train.batch(config, images, 5, 0, 1, torch.device("cpu"))
-    parts = [train.batch(config, images, 5, rank, 2, torch.device("cpu")) for rank in (0, 1)]
+    whole = train.batch(config, images, None, 5, 0, 1, torch.device("cpu"))
+    parts = [train.batch(config, images, None, 5, rank, 2, torch.device("cpu")) for rank in (0, 1)]
     torch.testing.assert_close(torch.cat([parts[0][0], parts[1][0]]), whole[0])
     assert not torch.equal(parts[0][1], parts[1][1]) and not torch.equal(parts[0][2], parts[1][2])
-    again = train.batch(config, images, 5, 1, 2, torch.device("cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(parts[1], again))
+    again = train.batch(config, images, None, 5, 1, 2, torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(parts[1][:3], again))
+
+
+def test_labels_are_hidden_one_by_one_and_stay_with_their_pictures_under_ot():
+    """Only the noise may move: whatever --ot and --drop do, picture and label stay those of the packed arrays."""
+    images, labels, names = data.load("faces", "data", 32)
+    config = train.resolve({"data": "faces", "batch": 40, "flip": False, "drop": 0.5, "cond": "all", "ot": True})
+    x, e, t, y, _ = train.batch(config, images, labels, 3, 0, 1, torch.device("cpu"))
+    pixels = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    hidden = (y < 0).all(1)
+    assert 5 < hidden.sum() < 35
+    for picture, row, gone in zip(pixels, y.numpy(), hidden):
+        place = np.flatnonzero((images == picture).all((1, 2, 3)))
+        assert gone or (labels[place] == row).all(1).any()
+    unpaired = train.batch(train.resolve({**vars(config), "ot": False}), images, labels, 3, 0, 1, torch.device("cpu"))
+    assert torch.equal(unpaired[0], x) and torch.equal(unpaired[3], y) and not torch.equal(unpaired[1], e)
 
 
 @pytest.mark.parametrize("name", data.POINTS)
@@ -452,6 +591,33 @@ def test_pictures_are_cropped_to_the_centre_turned_upright_and_put_on_white():
     assert (got[:4] > 250).all() and (got[-4:] < 5).all()
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save("clear.png")
     assert (data.read_picture("clear.png", 8) == 255).all()
+
+
+def test_sixteen_bit_pictures_are_scaled_and_floating_point_ones_named(capsys):
+    Path("deep").mkdir()
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    Image.fromarray(ramp.astype(np.uint16)).save("deep/a.png")
+    Image.fromarray((ramp / 65535).astype(np.float32)).save("deep/b.tiff")
+    images = data.load("deep", "data", 16)[0]
+    assert len(images) == 1 and abs(images.mean() - 127.5) < 2 and "b.tiff" in capsys.readouterr().out
+
+
+def test_whoever_changes_how_faces_are_drawn_gets_them_packed_again(tmp_path):
+    text, sheets = (HERE / "data.py").read_text().replace("FACES = 20_000", "FACES = 20"), []
+    for edited in (text, text.replace("paint(everyone, skin, head)", "paint(everyone, 0 * skin, head)")):
+        Path("data.py").write_text(edited)
+        subprocess.run([sys.executable, "data.py", "--res", "16", "--to", "sheet.png"], check=True)
+        sheets.append(Path("sheet.png").read_bytes())
+    assert sheets[0] != sheets[1]
+
+
+def test_leftovers_of_a_killed_packing_are_removed():
+    make_pictures(Path("pets"), 2)
+    data.load("pets", "data", 16)
+    pack = next(Path("data/cache").iterdir())
+    pack.rename(pack.with_name(pack.name + ".part-999999999"))
+    data.load("pets", "data", 16)
+    assert [p.name for p in Path("data/cache").iterdir()] == [pack.name]
 
 
 def test_resizing_averages_over_area():
@@ -530,6 +696,338 @@ def test_grid_plot_and_gif_are_pictures_of_the_right_size():
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Official files, here tiny, written byte by byte from the published descriptions of the formats
+
+LABELS = {"mnist": [5, 0, 4, 1, 9, 2, 1, 3, 1, 4, 7, 7], "fashion": [9, 0, 0, 3, 0, 2, 7, 2, 5, 5, 8, 8]}
+IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+BINS = ["data_batch_1.bin", "data_batch_2.bin", "data_batch_3.bin", "data_batch_4.bin", "data_batch_5.bin",
+        "test_batch.bin"]
+
+
+def shrink(monkeypatch, name):
+    """The table says 12 training and 3 test pictures (CIFAR-10: 3 in each of six files)."""
+    sizes = {60_000: 12, 10_000: 3}
+    files = {file: (md5, {part: (sizes[shape[0]], *shape[1:]) for part, shape in parts.items()})
+             for file, (md5, parts) in data.OFFICIAL[name]["files"].items()}
+    monkeypatch.setitem(data.OFFICIAL[name], "files", files)
+    monkeypatch.setitem(data.OFFICIAL[name], "n", 18 if name == "cifar10" else 15)
+
+
+def idx(*sizes, content):
+    return b"\0\0\x08" + bytes([len(sizes)]) + b"".join(n.to_bytes(4, "big") for n in sizes) + content
+
+
+def digits(name="mnist"):
+    """({file: bytes}, pictures (15, 28, 28, 1), labels) as MNIST's four files hold them."""
+    pictures = np.random.default_rng(len(name)).integers(0, 256, (15, 28, 28, 1), np.uint8)
+    labels = [*LABELS[name], 7, 2, 1]
+    files = (idx(12, 28, 28, content=pictures[:12].tobytes()), idx(12, content=bytes(labels[:12])),
+             idx(3, 28, 28, content=pictures[12:].tobytes()), idx(3, content=bytes(labels[12:])))
+    return dict(zip(IDX, files)), pictures, labels
+
+
+def cifar():
+    """({file: bytes}, pictures (18, 32, 32, 3), labels) as CIFAR-10's six files hold them."""
+    pictures = np.random.default_rng(1).integers(0, 256, (18, 32, 32, 3), np.uint8)
+    labels = [i % 10 for i in range(18)]
+    rows = [bytes([label]) + b"".join(picture[:, :, c].tobytes() for c in range(3))
+            for label, picture in zip(labels, pictures)]
+    return {file: b"".join(rows[3 * i:3 * i + 3]) for i, file in enumerate(BINS)}, pictures, labels
+
+
+def tar(files):
+    """cifar-10-binary.tar.gz: in a folder, in an order of its own, among other files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        folder = tarfile.TarInfo("cifar-10-batches-bin")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name in ["readme.html", *sorted(files, key=lambda name: name[::-1])]:
+            entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            entry.size = len(files.get(name, b"hello"))
+            archive.addfile(entry, io.BytesIO(files.get(name, b"hello")))
+    return buffer.getvalue()
+
+
+def write(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def packed(files):
+    return {f"{name}.gz": gzip.compress(content) for name, content in files.items()}
+
+
+def check_stream(name, root, pictures, labels):
+    streamed = list(data.stream_official(name, root, pictures.shape[1]))
+    assert len(streamed) == data.OFFICIAL[name]["n"]
+    np.testing.assert_array_equal(np.stack([p for p, _ in streamed]), pictures)
+    assert [label for _, label in streamed] == labels and {type(label) for _, label in streamed} == {int}
+
+
+def drain(name, root=Path("data"), res=28):
+    return lambda: list(data.stream_official(name, root, res))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def test_the_tables_add_up():
+    for name, about in data.OFFICIAL.items():
+        counts = [shape[0] for _, parts in about["files"].values() for part, shape in parts.items()
+                  if "labels" not in part]
+        assert about["n"] == sum(counts) and len(set(about["label_names"])) == 10
+        assert all(re.fullmatch("[0-9a-f]{32}", md5) for md5, _ in about["files"].values())
+    assert len({md5 for about in data.OFFICIAL.values() for md5, _ in about["files"].values()}) == 9
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion"])
+@pytest.mark.parametrize("folder", ["data", "data/NAME", "data/USUAL", "data/NAME/USUAL"])
+@pytest.mark.parametrize("form", ["plain", "gz", "mixed"])
+def test_idx_files_are_found_and_read(monkeypatch, name, folder, form):
+    shrink(monkeypatch, name)
+    usual = {"mnist": "MNIST/raw", "fashion": "FashionMNIST/raw"}[name]
+    folder = folder.replace("NAME", name).replace("USUAL", usual)
+    files, pictures, labels = digits(name)
+    write(Path(folder), {"plain": files, "gz": packed(files),
+                         "mixed": packed(files) | {IDX[1]: files[IDX[1]]}}[form])
+    check_stream(name, Path("data"), pictures, labels)
+
+
+@pytest.mark.parametrize("folder", ["data", "data/cifar10", "data/cifar-10-batches-bin",
+                                    "data/cifar10/cifar-10-batches-bin"])
+@pytest.mark.parametrize("form", ["unpacked", "tar"])
+def test_cifar_is_found_and_read(monkeypatch, folder, form):
+    shrink(monkeypatch, "cifar10")
+    files, pictures, labels = cifar()
+    write(Path(folder), files if form == "unpacked" else {"cifar-10-binary.tar.gz": tar(files)})
+    check_stream("cifar10", Path("data"), pictures, labels)
+
+
+def test_a_half_unpacked_archive_is_read_packed(capsys, monkeypatch):
+    shrink(monkeypatch, "cifar10")
+    files, pictures, labels = cifar()
+    write(Path("data"), {name: files[name] for name in BINS[:3]})
+    refused(capsys, drain("cifar10"), "cifar10 is not there")
+    write(Path("data"), {"cifar-10-binary.tar.gz": tar(files)})
+    check_stream("cifar10", Path("data"), pictures, labels)
+
+
+def test_pictures_are_resized(monkeypatch):
+    shrink(monkeypatch, "mnist")
+    shrink(monkeypatch, "cifar10")
+    write(Path("data"), digits()[0] | cifar()[0])
+    for name, picture, channels in (("mnist", digits()[1][0, :, :, 0], 1), ("cifar10", cifar()[1][0], 3)):
+        streamed = [p for p, _ in data.stream_official(name, Path("data"), 16)]
+        assert {(p.shape, p.dtype.name) for p in streamed} == {((16, 16, channels), "uint8")}
+        expected = np.asarray(Image.fromarray(picture).resize((16, 16), Image.Resampling.LANCZOS))
+        np.testing.assert_array_equal(streamed[0].squeeze(), expected)
+
+
+def test_missing_files_are_named_with_places_source_and_next_step(capsys, monkeypatch):
+    root = Path("data")
+    refused(capsys, lambda: data.find_official("mnist", root), "train-images-idx3-ubyte.gz", "data/mnist/",
+            "data/MNIST/raw/", "https://ossci-datasets.s3.amazonaws.com/mnist/", "--download", "12 MB")
+    refused(capsys, lambda: data.find_official("cifar10", root), "cifar-10-binary.tar.gz",
+            "data/cifar-10-batches-bin/", "https://www.cs.toronto.edu/~kriz/")
+    files = digits("fashion")[0]
+    write(root / "FashionMNIST/raw", {name: files[name] for name in IDX[:3]})
+    line = refused(capsys, lambda: data.find_official("fashion", root), "t10k-labels-idx1-ubyte.gz")
+    assert "train-images" not in line  # that one is there
+    write(root / "fashion", {IDX[3]: files[IDX[3]]})  # spread over two folders is not together
+    refused(capsys, lambda: data.find_official("fashion", root), "t10k-labels-idx1-ubyte.gz")
+
+
+@pytest.mark.parametrize("part", IDX)
+def test_broken_idx_files_are_refused_by_name(capsys, monkeypatch, part):
+    shrink(monkeypatch, "mnist")
+    place, files = Path("data/mnist"), digits()[0]
+    whole, zipped = files[part], packed(files)[f"{part}.gz"]
+    for content in (whole[:-1], whole + b"\0", whole[:3], b""):
+        write(place, files | {part: content})
+        refused(capsys, drain("mnist"), f"{place / part} ", f"{len(content):,} bytes", f"{len(whole):,}")
+    for content in (b"\0\0\x09" + whole[3:], whole[:3] + b"\2" + whole[4:], whole[:7] + b"\1" + whole[8:]):
+        write(place, files | {part: content})  # another type, number of sizes, size
+        refused(capsys, drain("mnist"), f"{place / part} ", f"begins {content[:8].hex()}", whole[:8].hex())
+    (place / part).unlink()
+    for content in (zipped[:-9], b"no gzip", zipped[:10] + b"\xff" + zipped[11:], zipped[:-8] + b"12345678"):
+        write(place, {f"{part}.gz": content})
+        refused(capsys, drain("mnist"), f"{place / part}.gz cannot be read", "--download")
+
+
+def test_broken_cifar_files_are_refused_by_name(capsys, monkeypatch):
+    shrink(monkeypatch, "cifar10")
+    place, files = Path("data/cifar-10-batches-bin"), cifar()[0]
+    for content in (files[BINS[5]][:-1], files[BINS[5]][:3073]):
+        write(place, files | {BINS[5]: content})
+        refused(capsys, drain("cifar10", res=32), f"{place / BINS[5]} ", f"{len(content):,} bytes", "9,219")
+    write(place, files | {BINS[2]: b"\x0a" + files[BINS[2]][1:]})
+    refused(capsys, drain("cifar10", res=32), f"{place / BINS[2]} ", "label 10")
+    for file in BINS:
+        (place / file).unlink()
+    archive, whole = place / "cifar-10-binary.tar.gz", tar(files)
+    for content in (whole[:-2000], b"no archive", whole[:500] + b"\xff" * 50 + whole[550:]):
+        archive.write_bytes(content)
+        refused(capsys, drain("cifar10", res=32), f"{archive} cannot be read", "--download")
+    archive.write_bytes(tar({name: files[name] for name in BINS[:5]}))
+    refused(capsys, drain("cifar10", res=32), f"{archive} ", "test_batch.bin has 0 bytes")
+
+
+def test_mnist_is_not_taken_for_fashion_mnist(capsys, monkeypatch):
+    shrink(monkeypatch, "mnist")
+    shrink(monkeypatch, "fashion")
+    write(Path("data"), digits("mnist")[0])
+    refused(capsys, drain("fashion"), "data/train-labels-idx1-ubyte is not fashion's")
+    write(Path("data/fashion"), packed(digits("fashion")[0]))
+    check_stream("fashion", Path("data"), *digits("fashion")[1:])
+    check_stream("mnist", Path("data"), *digits("mnist")[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Downloading, from a server on this machine
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Serves .files, notes the Range of every request in .ranges, and misbehaves as its other attributes say."""
+
+    def do_GET(handler):
+        content, asked = it.files.get(handler.path), handler.headers.get("Range")
+        it.ranges.append(asked)
+        if handler.path.startswith("/mail"):
+            return handler.wfile.write(b"220 this is a mail server\r\n")
+        if content is None:
+            return handler.send_error(404)
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and it.honours_range else 0
+        if start and start >= len(content):
+            return handler.send_error(416)
+        handler.send_response(206 if start else 200)
+        if it.tells_length:
+            handler.send_header("Content-Length", str(len(content) - start))
+        handler.end_headers()
+        handler.wfile.write(content[start:][:it.closes_after])
+
+    parts = {"do_GET": do_GET, "log_message": lambda *_: None}
+    kind = type("Handler", (http.server.BaseHTTPRequestHandler,), parts)
+    it = http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    it.files, it.ranges, it.honours_range, it.tells_length, it.closes_after = {}, [], True, True, None
+    thread = threading.Thread(target=it.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield it
+    it.shutdown()
+    thread.join()
+    it.server_close()
+
+
+def publish(monkeypatch, server, name, files):
+    """The server offers these files, which the table then knows by their checksums."""
+    shrink(monkeypatch, name)
+    server.files = {f"/{name}/{file}": content for file, content in files.items()}
+    table = {file: (hashlib.md5(files[file]).hexdigest(), parts)
+             for file, (_, parts) in data.OFFICIAL[name]["files"].items()}
+    monkeypatch.setitem(data.OFFICIAL[name], "files", table)
+    monkeypatch.setitem(data.OFFICIAL[name], "url", f"http://127.0.0.1:{server.server_port}/{name}/")
+
+
+ROOT, CIFAR = Path("data"), Path("data/cifar10/cifar-10-binary.tar.gz")
+PART = CIFAR.with_name(CIFAR.name + ".part")
+
+
+@pytest.fixture
+def offered(monkeypatch, server):
+    """The tar file of a tiny CIFAR-10, on offer."""
+    content = tar(cifar()[0])
+    publish(monkeypatch, server, "cifar10", {CIFAR.name: content})
+    return content
+
+
+@pytest.mark.parametrize("tells_length", [True, False])
+@pytest.mark.parametrize("name", ["mnist", "fashion", "cifar10"])
+def test_download_fetches_what_is_missing_and_only_that(capsys, monkeypatch, server, name, tells_length):
+    server.tells_length = tells_length
+    files, pictures, labels = cifar() if name == "cifar10" else digits(name)
+    files = {CIFAR.name: tar(files)} if name == "cifar10" else packed(files)
+    publish(monkeypatch, server, name, files)
+    data.download(name, ROOT)
+    assert {p.name: p.read_bytes() for p in (ROOT / name).iterdir()} == files
+    assert "MB/s" in capsys.readouterr().out or not tells_length
+    check_stream(name, ROOT, pictures, labels)
+    data.download(name, ROOT)
+    assert len(server.ranges) == len(files)  # asked for nothing twice
+    first = next(iter(files))
+    (ROOT / name / first).unlink()
+    data.download(name, ROOT)
+    assert len(server.ranges) == len(files) + 1 and (ROOT / name / first).read_bytes() == files[first]
+
+
+def test_download_needs_no_server_if_another_folder_has_all(monkeypatch, server):
+    publish(monkeypatch, server, "mnist", packed(digits()[0]))
+    write(ROOT / "MNIST/raw", digits()[0])
+    data.download("mnist", ROOT)
+    assert server.ranges == [] and not (ROOT / "mnist").exists()
+
+
+@pytest.mark.parametrize("have", [1, 1000, -1])
+def test_download_goes_on_where_it_stopped(server, offered, have):
+    write(PART.parent, {PART.name: offered[:have]})
+    data.download("cifar10", ROOT)
+    assert server.ranges == [f"bytes={len(offered[:have])}-"]
+    assert CIFAR.read_bytes() == offered and not PART.exists()
+
+
+@pytest.mark.parametrize("more", [-100, 100])
+def test_download_starts_over_if_the_server_ignores_ranges(server, offered, more):
+    server.honours_range = False
+    write(PART.parent, {PART.name: b"?" * (len(offered) + more)})
+    data.download("cifar10", ROOT)
+    assert CIFAR.read_bytes() == offered and not PART.exists()
+
+
+def test_download_finishes_a_part_that_is_already_whole(server, offered):
+    write(PART.parent, {PART.name: offered})
+    data.download("cifar10", ROOT)
+    assert CIFAR.read_bytes() == offered and not PART.exists()
+
+
+def test_wrong_checksum_is_refused_and_deleted(capsys, server, offered):
+    server.files = {path: b"<html>Log in to this network</html>" for path in server.files}
+    refused(capsys, lambda: data.download("cifar10", ROOT), "MD5", CIFAR.name, "deleted", "again", status=1)
+    assert list(CIFAR.parent.iterdir()) == []
+    server.files = {path: offered for path in server.files}
+    write(PART.parent, {PART.name: b"?" * len(offered)})  # as long as the file, but not the file
+    refused(capsys, lambda: data.download("cifar10", ROOT), "MD5", "deleted", status=1)
+    data.download("cifar10", ROOT)
+    assert CIFAR.read_bytes() == offered
+
+
+def test_interrupted_download_leaves_only_the_part_and_is_completed_later(capsys, server, offered):
+    server.closes_after = 1000
+    refused(capsys, lambda: data.download("cifar10", ROOT), f"closed after 1,000 of {len(offered):,}", "again",
+            "http://127.0.0.1", status=1)
+    assert list(CIFAR.parent.iterdir()) == [PART] and PART.read_bytes() == offered[:1000]
+    refused(capsys, lambda: data.download("cifar10", ROOT), f"closed after 2,000 of {len(offered):,}", status=1)
+    server.closes_after = None
+    data.download("cifar10", ROOT)
+    assert server.ranges == [None, "bytes=1000-", "bytes=2000-"]
+    assert list(CIFAR.parent.iterdir()) == [CIFAR] and CIFAR.read_bytes() == offered
+
+
+def test_unreachable_files_are_refused_in_a_line(capsys, monkeypatch, server, offered):
+    write(PART.parent, {PART.name: offered[:1000]})
+    server.files = {}
+    refused(capsys, lambda: data.download("cifar10", ROOT), "404", CIFAR.name, "by hand", status=1)
+    monkeypatch.setitem(data.OFFICIAL["cifar10"], "url", f"http://127.0.0.1:{server.server_port}/mail/")
+    refused(capsys, lambda: data.download("cifar10", ROOT), "mail server", CIFAR.name, "by hand", status=1)
+    with socket.socket() as nobody:  # bound, but not listening
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setitem(data.OFFICIAL["cifar10"], "url", f"http://127.0.0.1:{nobody.getsockname()[1]}/")
+        refused(capsys, lambda: data.download("cifar10", ROOT), "refused", CIFAR.name, "by hand", status=1)
+    assert list(CIFAR.parent.iterdir()) == [PART] and PART.read_bytes() == offered[:1000]
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The programs
 
 
@@ -590,6 +1088,25 @@ def test_sigterm_finishes_the_step_saves_and_resume_goes_on_to_the_same_end(quic
     assert_same_training(state("killed"), state("whole"))
 
 
+def test_lengthening_keeps_the_finished_weights_and_survives_a_kill_after_its_own_cool_down_began(quick_w2):
+    args = [*MOONS, "--out", "run", "--preview", "1000"]
+    train.main([*args, "--steps", "10"])
+    finished = Path("run/ckpt.pt").read_bytes()
+    train.main([*args, "--steps", "40", "--resume"])
+    assert Path("run/ckpt-10.pt").read_bytes() == finished
+    whole = state("run")
+    Path("run/ckpt.pt").write_bytes(finished)  # as if killed when only stable.pt had been written
+    train.main(["--out", "run", "--steps", "40", "--resume"])
+    assert_same_training(state("run"), whole)
+
+
+def test_weight_decay_given_with_resume_is_obeyed(quick_w2):
+    for out, extra in (("a", []), ("b", ["--decay", "0.9"])):
+        train.main([*MOONS, "--steps", "3", "--cooldown", "0", "--out", out])
+        train.main([*MOONS, "--steps", "9", "--cooldown", "0", "--out", out, "--resume", *extra])
+    assert not torch.equal(*(flat(state(out)["weights"])[0] for out in "ab"))
+
+
 def test_a_failed_save_leaves_the_old_checkpoint(capsys, monkeypatch, quick_w2):
     args = [*MOONS, "--out", "run"]
     train.main([*args, "--steps", "4"])
@@ -636,8 +1153,9 @@ def test_two_processes_learn_what_one_does_with_the_same_batch(monkeypatch, quic
     rank0, rank1 = (torch.load(f"rank{r}.pt", weights_only=True) for r in (0, 1))
     assert all(torch.equal(rank0[k], rank1[k]) for k in rank0)
     original = train.batch
-    monkeypatch.setattr(train, "batch", lambda config, images, step, rank, world, device: [
-        torch.cat(parts) for parts in zip(*(original(config, images, step, r, 2, device) for r in (0, 1)))])
+    monkeypatch.setattr(train, "batch", lambda config, images, labels, step, rank, world, device: [
+        parts[0] if parts[0] is None else torch.cat(parts)
+        for parts in zip(*(original(config, images, labels, step, r, 2, device) for r in (0, 1)))])
     one = train.main([*args, "--out", "one"]).state_dict()
     for k in one:
         torch.testing.assert_close(one[k], rank0[k], atol=1e-4, rtol=0)
@@ -718,7 +1236,7 @@ def test_a_sample_depends_on_seed_and_index_only(faces_run):
     a, b, c = (np.load(f"{name}.npy") for name in "abc")
     np.testing.assert_allclose(a[:3], b, atol=1e-6)
     assert np.abs(a - c).max() > 1e-4 and np.abs(a[0] - a[1]).max() > 1e-4
-    assert torch.equal(sample.noise(2, (3,), 0, first=3), sample.noise(5, (3,), 0)[3:])
+    assert torch.equal(sample.noise(2, (3,), 0), sample.noise(5, (3,), 0)[:2])
 
 
 def test_raw_weights_can_be_sampled_and_differ_from_the_average(faces_run):
@@ -743,6 +1261,121 @@ def test_moons_samples_are_points(quick_w2):
     assert np.load("x.npy").shape == (9, 2) and Image.open("x.gif").n_frames == 3
 
 
+@pytest.fixture(scope="module")
+def labelled_run(tmp_path_factory):
+    """A tiny conditional run on CelebA-like pictures with attributes."""
+    folder = tmp_path_factory.mktemp("labelled")
+    make_pictures(folder / "data/img_align_celeba", 30)
+    rows = [f"{i:06d}.jpg  {'1' if i % 2 else '-1'} -1  {'1' if i % 3 else '-1'}" for i in range(30)]
+    (folder / "data/list_attr_celeba.txt").write_text("\n".join(["30", "Smiling Bald Male", *rows]) + "\n")
+    args = ["--data", "celeba", "--res", 16, "--patch", 8, "--stride", 4, *TINY, "--steps", 30, "--lr", 0.01]
+    done = command("train.py", *args, "--no-bf16", "--cond", "Smiling,Male", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_labels_and_guidance_steer_the_samples(labelled_run, monkeypatch, capsys):
+    run, results = str(labelled_run / "out/celeba-16"), {}
+    assert state(run)["label_names"] == ["Smiling", "Male"]
+    for name, args in {"plain": "", "male": "--label Male", "both": "--label Smiling,Male", "second": "--label 1",
+                       "pulled": "--label Male --guidance 4",
+                       "never": "--label Male --guidance 4 --interval 2,3"}.items():
+        sample.main([run, "--n", "2", "--steps", "4", *args.split(), "--to", f"{name}.npy"])
+        results[name] = np.load(f"{name}.npy")
+    for a, b, same in (("plain", "male", False), ("male", "both", False), ("male", "second", True),
+                       ("male", "pulled", False), ("male", "never", True)):
+        assert np.array_equal(results[a], results[b]) == same, (a, b)
+    sample.main([run, "--n", "6", "--steps", "1", "--label", "all", "--to", "rows.png"])
+    width, height = Image.open("rows.png").size
+    assert width > 1.3 * height  # two rows of three
+    refused(capsys, lambda: sample.main([run, "--label", "Bald"]), "--label Bald", "Smiling, Male")
+    refused(capsys, lambda: sample.main([run, "--guidance", "3"]), "--label")
+    refused(capsys, lambda: sample.main([run, "--label", "Male", "--interval", "now"]), "--interval")
+
+
+def test_conditions_that_the_data_do_not_have_are_refused(labelled_run, monkeypatch, capsys):
+    monkeypatch.chdir(labelled_run)
+    args = ["--data", "celeba", "--res", "16", "--patch", "8", "--stride", "4", *TINY]
+    refused(capsys, lambda: train.main([*args, "--cond", "Smilling"]), "--cond Smilling", "Smiling")
+    make_pictures(Path("plain"), 3)
+    refused(capsys, lambda: train.main(["--data", "plain", "--res", "16", "--cond", "all"]), "no labels")
+
+
+def test_interpolation_passes_through_the_samples_themselves(faces_run):
+    run = str(faces_run[0] / "out/pets-16")
+    sample.main([run, "--n", "3", "--steps", "2", "--to", "ends.npy"])
+    sample.main([run, "--n", "3", "--steps", "2", "--interpolate", "4", "--to", "between.npy"])
+    ends, between = np.load("ends.npy"), np.load("between.npy").reshape(3, 4, 3, 16, 16)
+    np.testing.assert_allclose(between[:, 0], ends, atol=1e-5)
+    np.testing.assert_allclose(between[:, -1], ends[[1, 2, 0]], atol=1e-5)
+    a, b = torch.randn(2, 1000)
+    assert sample.slerp(a, b, 0.5).norm() == pytest.approx(float(a.norm() + b.norm()) / 2, rel=0.02)
+
+
+def test_shift_and_tolerance_change_the_samples_and_dopri5_counts_its_steps(faces_run, capsys):
+    run = str(faces_run[0] / "out/pets-16")
+    results = {}
+    for name, args in {"plain": "", "shift": "--shift 4", "loose": "--solver dopri5 --tol 0.1",
+                       "tight": "--solver dopri5 --tol 1e-5"}.items():
+        sample.main([run, "--n", "1", "--steps", "3", *args.split(), "--to", "x.npy"])
+        results[name] = np.load("x.npy"), int(capsys.readouterr().out.split("NFE ")[1].split(",")[0])
+    assert not np.array_equal(results["plain"][0], results["shift"][0])
+    assert results["tight"][1] > results["loose"][1]
+
+
+def test_sweep_shows_that_more_evaluations_and_higher_order_are_nearer_to_the_exact_flow(quick_w2, capsys):
+    train.main(["--data", "moons", "--device", "cpu", "--width", "32", "--steps", "200"])
+    capsys.readouterr()
+    sample.main(["out/moons", "--n", "100", "--sweep"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert {row[0] for row in rows} == set(fm.SOLVERS) and all(len(row) == 5 for row in rows)
+    error = {(row[0], row[2]): float(row[3]) for row in rows}
+    assert error["euler", "64"] < error["euler", "8"] and error["rk4", "64"] < error["euler", "64"]
+
+
+def test_likelihood_is_better_after_training_and_known_for_points(quick_w2, capsys):
+    nats = []
+    for steps in ("1", "400"):
+        train.main(["--data", "8gaussians", "--device", "cpu", "--steps", steps, "--out", steps])
+        capsys.readouterr()
+        sample.main([steps, "--bpd", "200", "--steps", "20"])
+        nats.append(float(capsys.readouterr().out.split()[0]))
+    # The data's own entropy: one of eight Gaussians of standard deviation 0.3.
+    entropy = math.log(8) + math.log(2 * math.pi * math.e * 0.3**2)
+    assert entropy - 0.3 < nats[1] < nats[0] - 0.3
+
+
+def test_bits_per_dimension_of_gaussian_pictures_is_their_entropy(capsys):
+    """Pixels N(0, 1/4^2) in [-1, 1], and a perfect network for them: entropy in bits, and 7 for the scaling."""
+    Path("grey").mkdir()
+    for i in range(40):
+        pixels = 128 + 32 * np.random.default_rng(i).normal(size=(16, 16, 3))
+        Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).save(f"grey/{i}.png")
+    data.load("grey", "data", 16)
+    capsys.readouterr()
+
+    def net(z, t, y=None):
+        t = t.view(-1, 1, 1, 1)
+        return (t / 16 - (1 - t)) / (t**2 / 16 + (1 - t) ** 2) * z
+
+    config = dict(data="grey", root="data", res=16, predict="v", path="linear")
+    sample.likelihood(net, config, n=2, steps=100, seed=0, device=torch.device("cpu"))
+    said = capsys.readouterr().out
+    assert "bits per dimension on 2 held-out" in said
+    assert float(said.split()[0]) == pytest.approx(math.log2(2 * math.pi * math.e / 16) / 2 + 7, abs=0.03)
+
+
+@pytest.mark.parametrize("extra", [[], ["--model", "transformer", "--patch", "7", "--stride", "7"]], ids=str)
+def test_mnist_trains_by_unet_and_by_transformer_and_samples_by_label(extra, monkeypatch):
+    shrink(monkeypatch, "mnist")
+    write(Path("data/mnist"), packed(digits()[0]))
+    monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
+    train.main(["--data", "mnist", "--width", "16", "--depth", "1", "--heads", "2", "--steps", "3", "--batch", "4",
+                "--device", "cpu", *extra])
+    sample.main(["out/mnist-28", "--n", "20", "--steps", "1", "--label", "all", "--to", "x.npy"])
+    assert np.load("x.npy").shape == (20, 1, 28, 28)
+
+
 def test_bench_prints_rates(capsys):
     train.main(["--res", "16", *TINY, "--bench"])
     said = capsys.readouterr().out
@@ -761,11 +1394,11 @@ def test_contact_sheet_of_a_dataset(capsys, monkeypatch):
     "--predict e", "--loss x", "--path cosine", "--time uniform", "--t-mean 0.5", "--ot", "--lr 0.01", "--warmup 0",
     "--cooldown 0", "--decay 0.5", "--clip 0.001", "--seed 1", "--batch 4", "--no-flip", "--norm derf",
     "--attention fused", "--optimizer adamw", "--no-bf16", "--patch 4", "--stride 8", "--depth 2", "--heads 4",
-    "--ema 0.1", "--width 64"])
+    "--ema 0.1", "--width 64", "--cond all", "--cond smiling,hat", "--cover 0.5", "--jitter 0.1"])
 def test_every_flag_changes_the_training(flag, monkeypatch):
     monkeypatch.setattr(sample, "draw", lambda *_: Image.new("L", (1, 1)))
     monkeypatch.setattr(train, "held_out", lambda *_: [1.0] * 10)
-    base = ["--res", "16", "--patch", "8", "--stride", "4", *TINY, "--steps", "5", "--attention", "hand", "--preview", "100"]
+    base = ["--res", "16", "--patch", "8", "--stride", "4", *TINY, "--steps", "5", "--attention", "hand"]
     monkeypatch.setattr(train, "PREVIEW_STEPS", 1)
     if flag == "--no-bf16" and not sample.has_bf16(torch.device("cpu")):
         pytest.skip("this CPU does not multiply in bfloat16")
@@ -795,6 +1428,12 @@ def test_every_flag_changes_the_training(flag, monkeypatch):
     (["--device", "tpu"], ["tpu", "cpu"]),
     (["--data", "moons", "--model", "transformer"], ["--model"]),
     (["--ema", "1.5"], ["--ema"]),
+    (["--seed", "-1"], ["--seed"]),
+    (["--warmup", "-1"], ["--warmup"]),
+    (["--lr", "inf"], ["--lr"]),
+    (["--t-mean", "nan"], ["--t-mean"]),
+    (["--data", ""], ["--data"]),
+    (["--device", "cpu:foo"], ["cpu:foo"]),
 ], ids=str)
 def test_a_wrong_command_gets_one_line_and_status_2(args, words, capsys):
     refused(capsys, lambda: train.main(["--device", "cpu", *args]), *words)
@@ -824,6 +1463,9 @@ def test_resume_refuses_another_shape_a_finished_run_and_a_damaged_file(capsys, 
     (["RUN", "--n", "0"], ["--n"]),
     (["RUN", "--solver", "magic"], ["--solver", "heun"]),
     (["RUN", "--device", "tpu"], ["tpu"]),
+    (["RUN", "--batch", "0"], ["--batch"]),
+    (["RUN", "--seed", "-1"], ["--seed"]),
+    (["RUN", "--to", f"{HERE / 'fm.py'}/x.png"], ["fm.py"]),
 ], ids=str)
 def test_sample_refuses_what_cannot_work(args, words, faces_run, capsys):
     run = str(faces_run[0] / "out/pets-16")
@@ -831,5 +1473,8 @@ def test_sample_refuses_what_cannot_work(args, words, faces_run, capsys):
 
 
 def test_sample_refuses_a_file_that_is_no_checkpoint(capsys):
-    Path("ckpt.pt").write_bytes(b"nonsense")
+    for content in (b"nonsense", b""):
+        Path("ckpt.pt").write_bytes(content)
+        refused(capsys, lambda: sample.main(["."]), "not a checkpoint")
+    torch.save({"weights": {}}, "ckpt.pt")
     refused(capsys, lambda: sample.main(["."]), "not a checkpoint")

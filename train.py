@@ -14,8 +14,10 @@ import csv
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -44,6 +46,9 @@ class Config:
     res: int = 32  # pixels a side; pictures are cropped to the centre square and resized
     root: str = "data"  # where datasets are looked for, and packed arrays kept (in cache/)
     flip: bool = True  # mirror half of the pictures, at random
+    cond: str = ""  # labels to learn: all, or some attributes by name (Smiling,Male); by default none
+    drop: float = 0.1  # share of samples whose labels are hidden, so that guidance has something to compare with
+    download: bool = False  # fetch mnist, fashion or cifar10 into --root first, if it is not there
     # the flow
     predict: str = "x"  # what the network says: x, e or v
     loss: str = "v"  # in which of x, e, v the squared error is taken
@@ -52,12 +57,14 @@ class Config:
     t_mean: float = None  # mean of the logit-normal; by default -0.8 - log(res/256)
     ot: bool = False  # pair noise with data by optimal transport
     ot_block: int = 64  # in groups of so many: the assignment costs O(n^3), the gain flattens about here
+    cover: float = 0.0  # share of times drawn uniformly, so that all are seen; the loss is corrected for it
+    jitter: float = 0.0  # standard deviation of noise on z, which the targets do not know
     # the network
-    model: str = "transformer"  # transformer or mlp
+    model: str = "transformer"  # transformer, unet or mlp
     patch: int = 8  # pixels a side of a patch
     stride: int = 4  # pixels from one patch to the next; below `patch` they overlap
-    width: int = 256  # numbers per token, or per layer of the MLP
-    depth: int = 4  # blocks, or layers
+    width: int = 256  # numbers per token, channels at full resolution (unet), or numbers per layer (mlp)
+    depth: int = 4  # blocks, blocks per resolution (unet), or layers (mlp)
     heads: int = 4  # attention heads
     norm: str = "rms"  # rms or derf
     attention: str = "auto"  # fused, hand (written out), or auto: the faster one
@@ -81,20 +88,29 @@ class Config:
     preview: int = 180  # steps between previews, held-out losses and checkpoints
 
 
-def preset(name, res):
-    """The fields that differ from Config's own, which are tuned for three minutes of cartoon faces on two CPU cores."""
+def preset(name, res, kind=None):
+    """The fields that differ from Config's own, which are tuned for three minutes of cartoon faces on two CPU cores.
+
+    kind: the network, where the user names it.
+    """
     if name in data.POINTS:
         return dict(model="mlp", width=64, predict="v", time="uniform", optimizer="adamw", steps=3000, batch=256,
                     lr=2e-3, ema=0.999, log=200, preview=1000)
-    if res >= 128:  # at 256: JiT-B/16 with patches that overlap, about 115M parameters
-        patch, stride = fitting_patches(res, res // 16)
-        return dict(patch=patch, stride=stride, width=768, depth=12, heads=12, optimizer="adamw", lr=2e-4, batch=128,
-                    steps=160_000, warmup=2000, cooldown=0.0, ema=0.9999, log=50, preview=2000)
-    if res != 32:
-        patch, stride = fitting_patches(res, 8)
-        return dict(patch=patch, stride=stride, width=384, depth=8, heads=6, lr=1e-3, steps=20_000, warmup=500,
-                    ema=0.999, log=50, preview=1000)
-    return dict(t_mean=0.0)  # the formula's 1.3 sees too little noise in so few steps: the parts of a face fall apart
+    # At 32 pixels the formula's mean, 1.3, sees too little noise in so few steps: faces fall apart.
+    fields = dict(patch=8, stride=4, t_mean=0.0)
+    if name in data.OFFICIAL:
+        kind = kind or "unet"
+        fields = dict(model="unet", cond="all", flip=name != "mnist", t_mean=-0.4, steps=2500, warmup=100, ema=0.995,
+                      log=50, preview=500)
+    elif res >= 128:  # at 256: JiT-B/16 with patches that overlap, about 115M parameters
+        fields = dict(width=768, depth=12, heads=12, optimizer="adamw", lr=2e-4, batch=128, steps=160_000, warmup=2000,
+                      cooldown=0.0, ema=0.9999, log=50, preview=2000)
+    elif res != 32:
+        fields = dict(width=384, depth=8, heads=6, lr=1e-3, steps=20_000, warmup=500, ema=0.999, log=50, preview=1000)
+    if kind == "unet":
+        return fields | dict(width=32, depth=2, heads=4, optimizer="adamw", lr=2e-3)
+    patch, stride = fitting_patches(res, res // 16 if res >= 128 else 8)
+    return dict(patch=patch, stride=stride) | fields
 
 
 def fitting_patches(res, patch):
@@ -104,11 +120,11 @@ def fitting_patches(res, patch):
 
 
 CHOICES = {"predict": ["x", "e", "v"], "loss": ["x", "e", "v"], "path": list(fm.PATHS),
-           "time": ["logit-normal", "uniform"], "model": ["transformer", "mlp"], "norm": list(model.NORMS),
+           "time": ["logit-normal", "uniform"], "model": ["transformer", "unet", "mlp"], "norm": list(model.NORMS),
            "attention": list(model.ATTENTION), "optimizer": ["muon", "adamw"]}
-# What a checkpoint's weights mean; none of it can change on the way.
+# What a checkpoint's weights mean and its optimizers' state fits; none of it can change on the way.
 FIXED = ("data", "res", "predict", "path", "model", "patch", "stride", "width", "depth", "heads", "norm",
-         "optimizer")
+         "optimizer", "cond")
 PREVIEW_PICTURES, PREVIEW_STEPS, HELD_OUT_PICTURES = 16, 20, 200
 
 
@@ -116,6 +132,7 @@ def parse(argv):
     """Command line -> (given fields, resume, bench). The flags and their help are Config and its comments."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = data.refuse
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     for field in dataclasses.fields(Config):
         how = dict(type=field.type, choices=CHOICES.get(field.name), metavar=field.name.upper())
@@ -136,16 +153,27 @@ def parse(argv):
 
 def resolve(given):
     """The given fields over the preset's over Config's. Refuses what cannot work."""
-    name, res = given.get("data", Config.data), given.get("res", Config.res)
+    name = given.get("data", Config.data)
+    res = given.get("res", data.OFFICIAL[name]["res"] if name in data.OFFICIAL else Config.res)
     if res < 8:
         data.refuse(f"--res {res} is too small: at least 8")
-    config = Config(**{**preset(name, res), **given})
+    if not name:
+        data.refuse("--data needs a name or a path")
+    config = Config(**{"res": res, **preset(name, res, given.get("model")), **given})
     config.out = config.out or f"out/{data.stem(name)}" + ("" if name in data.POINTS else f"-{res}")
     for field in ("steps", "batch", "lr", "clip", "patch", "stride", "width", "depth", "heads", "ot_block", "log",
                   "preview"):
         if not getattr(config, field) > 0:
             data.refuse(f"--{field.replace('_', '-')} {getattr(config, field)}: must be more than 0")
-    for field in ("cooldown", "ema"):
+    for field in ("warmup", "decay", "jitter", "seed"):
+        if getattr(config, field) < 0:
+            data.refuse(f"--{field} {getattr(config, field)}: must not be negative")
+    for field in dataclasses.fields(config):
+        if field.type is float and not math.isfinite(getattr(config, field.name) or 0):
+            data.refuse(f"--{field.name.replace('_', '-')} {getattr(config, field.name)}: must be finite")
+    if Path(config.out).exists() and not Path(config.out).is_dir():
+        data.refuse(f"--out {config.out}: there is a file of that name")
+    for field in ("cooldown", "ema", "drop", "cover"):
         if not 0 <= getattr(config, field) <= 1:
             data.refuse(f"--{field} {getattr(config, field)}: must lie between 0 and 1")
     if (config.model == "mlp") != (name in data.POINTS):
@@ -154,12 +182,16 @@ def resolve(given):
     return config
 
 
-def network(config):
-    """Sizes for model.build."""
+def network(config, labels=0):
+    """Sizes for model.build; labels: how many."""
     if config.model == "mlp":
         return dict(kind="mlp", width=config.width, depth=config.depth)
-    return dict(kind="transformer", res=config.res, patch=config.patch, stride=config.stride, width=config.width,
-                depth=config.depth, heads=config.heads, norm=config.norm, attention=config.attention)
+    sizes = dict(res=config.res, channels=data.channels(config.data), width=config.width, depth=config.depth,
+                 heads=config.heads, labels=labels)
+    if config.model == "unet":
+        return dict(kind="unet", **sizes)
+    return dict(kind="transformer", patch=config.patch, stride=config.stride, norm=config.norm,
+                attention=config.attention, **sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -174,10 +206,17 @@ def to_tensor(pixels, device):
     return pixels.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def batch(config, images, step, rank, world, device):
-    """One process's share of a step: x, e (B, ...) and t (B,), a pure function of (seed, step, rank).
+def t_mean(config):
+    """Mean of the logit-normal times; None for uniform ones."""
+    if config.time == "uniform":
+        return None
+    return fm.logit_normal_mean(config.res) if config.t_mean is None else config.t_mean
 
-    images: the packed array, or None for points.
+
+def batch(config, images, labels, step, rank, world, device):
+    """One process's share of a step: x, e, t, y and jitter, a pure function of (seed, step, rank).
+
+    images: the packed array, or None for points. labels: (N,) or (N, K), or None; y is -1 where it is hidden.
     """
     n = config.batch // world
     seed = data.key(config.seed, data.BATCH, step, rank)
@@ -187,15 +226,21 @@ def batch(config, images, step, rank, world, device):
     else:
         train, _ = data.split(len(images))
         chosen = data.batch_indices(len(train), config.batch, step, config.seed)[rank * n : (rank + 1) * n]
-        x = to_tensor(images[train[chosen]], device)
+        chosen = train[chosen]
+        x = to_tensor(images[chosen], device)
         if config.flip:
             x = torch.where(torch.rand(n, 1, 1, 1, generator=g, device=device) < 0.5, x, x.flip(3))
     e = torch.randn(x.shape, generator=g, device=device)
     if config.ot:
         e = fm.ot_pair(x, e, config.ot_block)
-    mean = fm.logit_normal_mean(config.res) if config.t_mean is None else config.t_mean
-    t = fm.sample_t(n, None if config.time == "uniform" else mean, generator=g, device=device)
-    return x, e, t
+    t = fm.sample_t(n, t_mean(config), cover=config.cover, generator=g, device=device)
+    y = jitter = None
+    if labels is not None:
+        y = torch.from_numpy(labels[chosen].astype(np.int64)).to(device)
+        y[torch.rand(n, generator=g, device=device) < config.drop] = -1  # a coin for each sample
+    if config.jitter:
+        jitter = config.jitter * torch.randn(x.shape, generator=g, device=device)
+    return x, e, t, y, jitter
 
 
 def cooldown_start(config):
@@ -229,26 +274,29 @@ def make_optimizers(net, config):
 
 
 @torch.no_grad()
-def held_out(net, config, images, device):
+def held_out(net, config, images, labels, device):
     """Loss on data never trained on, in ten bins of t from noise to data; the same data and noise each time."""
+    y = None
     if images is None:
         x = torch.from_numpy(data.points(config.data, 1000, np.random.default_rng(data.key(0, data.HELD_OUT, 0))))
     else:
-        x = to_tensor(images[data.split(len(images))[1][:HELD_OUT_PICTURES]], torch.device("cpu"))
-        x = x.repeat(-(-10 // len(x)), 1, 1, 1)  # a tiny dataset still fills ten bins
+        chosen = data.split(len(images))[1][:HELD_OUT_PICTURES]
+        chosen = np.tile(chosen, math.ceil(10 / len(chosen)))  # a tiny dataset still fills ten bins
+        x = to_tensor(images[chosen], torch.device("cpu"))
+        y = None if labels is None else torch.from_numpy(labels[chosen].astype(np.int64))
     e = torch.randn(x.shape, generator=torch.Generator().manual_seed(data.key(0, data.HELD_OUT, 1)))
     t = (torch.arange(len(x)) + 0.5) / len(x)
     with sample.autocast(device, config.bf16):
-        parts = [fm.loss(net, *(p.to(device) for p in part), None, config.predict, config.loss,
-                         fm.PATHS[config.path]) for part in zip(x.split(50), e.split(50), t.split(50))]
-    return [part.mean().item() for part in torch.cat(parts).tensor_split(10)]
+        losses = [fm.loss(net, *(None if part is None else part[i].to(device) for part in (x, e, t, y)),
+                          config.predict, config.loss, fm.PATHS[config.path]) for i in torch.arange(len(x)).split(50)]
+    return [part.mean().item() for part in torch.cat(losses).tensor_split(10)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a run leaves behind
 
 
-def save(path, net, ema, optimizers, config, step):
+def save(path, net, ema, optimizers, config, step, sizes, label_names):
     """Replaces path whole or not at all: a kill or a full disk leaves the old file. Refuses broken weights."""
     weights = net.state_dict()
     if not torch.stack([w.isfinite().all() for w in weights.values()]).all():
@@ -257,8 +305,8 @@ def save(path, net, ema, optimizers, config, step):
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            torch.save({"step": step, "config": dataclasses.asdict(config), "net": network(config),
-                        "weights": weights, "ema": ema.state_dict(),
+            torch.save({"step": step, "config": dataclasses.asdict(config), "net": sizes,
+                        "label_names": label_names, "weights": weights, "ema": ema.state_dict(),
                         "optimizers": [o.state_dict() for o in optimizers]}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -275,28 +323,33 @@ def resume_from(given):
     saved at the moment before it did. So k steps and then n - k more are the same as n steps at once, to the bit.
     """
     out = Path(resolve(given).out)
+    if not (out / "ckpt.pt").is_file():
+        data.refuse(f"nothing to resume: no {out / 'ckpt.pt'}; start without --resume, or name the run's folder: "
+                    f"--out DIR")
     checkpoint, config, was = read_checkpoint(out / "ckpt.pt", given)
-    if config.steps == was.steps and checkpoint["step"] == was.steps:
-        data.refuse(f"{out} has all its {was.steps} steps; to train longer, ask for more: --steps {2 * was.steps}")
-    unbent = min(cooldown_start(was), cooldown_start(config))
-    if config.steps != was.steps and checkpoint["step"] > unbent:
+    done = checkpoint["step"]
+    if done >= config.steps:
+        data.refuse(f"{out} is at step {done} already; to train longer, ask for more: --steps {2 * done}")
+    same = config.steps == was.steps and config.cooldown == was.cooldown
+    if same or done <= min(cooldown_start(was), cooldown_start(config)):  # as far as both schedules agree
+        return checkpoint, config
+    start = checkpoint["step"]
+    if (out / "stable.pt").is_file():
         checkpoint, config, _ = read_checkpoint(out / "stable.pt", given)
-        if checkpoint["step"] > unbent:
-            data.refuse(f"{out} is at step {checkpoint['step']}, past where {config.steps} steps begin to cool down; "
-                        f"ask for more: --steps {2 * was.steps}")
+        start = checkpoint["step"]
+    if start > cooldown_start(config) or checkpoint["step"] == done:
+        data.refuse(f"{out} cannot become a run of {config.steps} steps: those cool down from step "
+                    f"{cooldown_start(config)} on, and it is at {start}; ask for more: "
+                    f"--steps {2 * max(start, config.steps)}")
+    shutil.copyfile(out / "ckpt.pt", out / f"ckpt-{done}.pt")  # finished as it is, it may be wanted
     return checkpoint, config
 
 
 def read_checkpoint(path, given):
     """(checkpoint, its config changed by the given fields, its config); refuses what does not go together."""
-    if not path.is_file():
-        data.refuse(f"nothing to resume: no {path}; start without --resume, or name the run's folder: --out DIR")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        was = Config(**checkpoint["config"])
-    except Exception as error:  # torch.load alone raises half a dozen kinds for a damaged file
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        data.refuse(f"{path} is not a checkpoint of this program ({reason})")
+    checkpoint = sample.read_checkpoint(path)
+    known = {field.name for field in dataclasses.fields(Config)}
+    was = Config(**{name: value for name, value in checkpoint["config"].items() if name in known})
     config = dataclasses.replace(was, **{**given, "out": str(path.parent)})
     for field in FIXED:
         if getattr(config, field) != getattr(was, field):
@@ -341,12 +394,14 @@ def write_log(out, rows):
     data.plot({name: tuple(zip(*curve)) for name, curve in curves.items() if curve}, "step").save(out / "loss.png")
 
 
-def preview(ema, config, device):
-    """A picture of samples, always from the same noise, so that previews can be compared."""
-    settings = dataclasses.asdict(config)
-    n = 2000 if config.model == "mlp" else PREVIEW_PICTURES
+def preview(ema, config, images, labels, device):
+    """A picture of samples, always from the same noise (and held-out labels), so that previews can be compared."""
+    settings, y = dataclasses.asdict(config), None
+    n = 2000 if images is None else PREVIEW_PICTURES
     e = sample.noise(n, sample.shape_of(settings), seed=0).to(device)
-    return sample.draw(sample.generate(ema, settings, e, PREVIEW_STEPS)[0], settings)
+    if labels is not None:
+        y = torch.from_numpy(labels[np.resize(data.split(len(images))[1], n)].astype(np.int64)).to(device)
+    return sample.draw(sample.generate(ema, settings, e, PREVIEW_STEPS, y=y)[0], settings)
 
 
 def report(config, row, rate):
@@ -368,7 +423,7 @@ def wasserstein(ema, config, device):
         return dict(zip(clouds, pool.map(lambda cloud: fm.w2(fresh[0], cloud), clouds.values())))
 
 
-def bench(config, train_step, device, world):
+def bench(config, sizes, train_step, device, world):
     """Times the training step: warm-up, then the median of ten repeats."""
 
     def seconds(f, repeats=10, inner=1):
@@ -385,7 +440,6 @@ def bench(config, train_step, device, world):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     step = seconds(train_step, inner=10 if device.type == "cuda" else 1)
-    sizes = network(config)
     with torch.device("meta"):  # shapes without numbers, to count; attention written out, so that all of it counts
         net = model.build(**{name: "hand" if name == "attention" else size for name, size in sizes.items()})
         with FlopCounterMode(display=False) as counter:
@@ -425,8 +479,8 @@ def main(argv=None):
     if config.batch % world:
         data.refuse(f"--batch {config.batch} does not split evenly over {world} processes")
     try:
-        torch.manual_seed(config.seed)
-        net = model.build(**network(config))
+        with torch.device("meta"):  # before anything slow: do the sizes go together?
+            model.build(**network(config))
     except ValueError as error:
         data.refuse(str(error))
 
@@ -439,15 +493,20 @@ def main(argv=None):
     if config.model == "mlp" and device.type == "cpu":
         torch.set_num_threads(1)  # its layers take microseconds, sharing one among threads takes longer
 
-    images = None
+    images, labels, label_names = None, None, []
     if config.data not in data.POINTS:
         for turn in (0, 1):  # one process of a machine packs while the others wait
             if turn == (local > 0):
-                images = data.load(config.data, config.root, config.res)[0]
+                if config.download and config.data in data.OFFICIAL and turn == 0:
+                    data.download(config.data, Path(config.root))
+                images, labels, label_names = data.load(config.data, config.root, config.res)
             if world > 1:
                 dist.barrier()
+        labels, label_names = data.choose_labels(labels, label_names, config.cond) if config.cond else (None, [])
 
-    net.to(device)
+    torch.manual_seed(config.seed)
+    sizes = network(config, len(label_names))
+    net = model.build(**sizes).to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizers = make_optimizers(net, config)
     first = 0
@@ -463,16 +522,19 @@ def main(argv=None):
         fast = torch.compile(fast)
 
     def train_step(step):
-        """The whole method in ten lines. Returns the loss as a tensor: reading it would make the CPU wait."""
-        x, e, t = batch(config, images, step, rank, world, device)
+        """The whole method. Returns the loss as a tensor: reading it would make the CPU wait."""
+        x, e, t, y, jitter = batch(config, images, labels, step, rank, world, device)
         with sample.autocast(device, config.bf16):
-            loss = fm.loss(fast, x, e, t, None, config.predict, config.loss, fm.PATHS[config.path]).mean()
+            loss = fm.loss(fast, x, e, t, y, config.predict, config.loss, fm.PATHS[config.path], jitter)
+        if config.cover and config.time != "uniform":
+            loss = loss * fm.importance(t, t_mean(config), config.cover)
+        loss = loss.mean()
         net.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, config.clip)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
+                group.update(lr=learning_rate(config, step), weight_decay=config.decay)
             optimizer.step()
         # The average forgets the first weights fast: its memory grows with the run, up to 1 / (1 - ema) steps.
         torch._foreach_lerp_(averaged, weights, 1 - min(config.ema, (1 + step) / (10 + step)))
@@ -482,7 +544,7 @@ def main(argv=None):
         print(*(f"{name}={value}" for name, value in dataclasses.asdict(config).items()))
         print(f"{sum(w.numel() for w in weights) / 1e6:.2f}M parameters on {world} x {device.type}", flush=True)
     if bench_only:
-        bench(config, train_step, device, world)
+        bench(config, sizes, train_step, device, world)
         return
 
     out = Path(config.out)
@@ -497,7 +559,7 @@ def main(argv=None):
     total, counted, began, started = torch.zeros((), device=device), 0, time.time(), time.time()
     for step in range(first, config.steps):
         if rank == 0 and step == cooldown_start(config):
-            save(out / "stable.pt", net, ema, optimizers, config, step)
+            save(out / "stable.pt", net, ema, optimizers, config, step, sizes, label_names)
         total += train_step(step)
         counted += 1
         done = step + 1
@@ -513,16 +575,16 @@ def main(argv=None):
             rate = counted * config.batch / (time.time() - began)
             rows.append({"step": done, "loss": loss, "lr": learning_rate(config, step), "samples_s": rate})
             if last or done % config.preview == 0:
-                save(out / "ckpt.pt", net, ema, optimizers, config, done)
-                if not signalled:  # whoever asked us to stop may not wait for pictures
-                    bins = held_out(ema, config, images, device)
+                save(out / "ckpt.pt", net, ema, optimizers, config, done, sizes, label_names)
+                if not signalled or done == config.steps:  # whoever asked us to stop may not wait for pictures
+                    bins = held_out(ema, config, images, labels, device)
                     rows[-1] |= {"held_out": sum(bins) / 10} | {f"t{i}": b for i, b in enumerate(bins)}
-                    preview(ema, config, device).save(out / "samples" / f"{done:06d}.png")
+                    preview(ema, config, images, labels, device).save(out / "samples" / f"{done:06d}.png")
                 write_log(out, rows)
             report(config, rows[-1], rate)
             total.zero_()
             counted, began = 0, time.time()
-        if signalled > 0:
+        if signalled > 0 and done < config.steps:
             if rank == 0:
                 print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
             sys.exit(128 + int(signalled))
