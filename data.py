@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 POINTS = ("moons", "8gaussians", "checkerboard", "spirals")
@@ -687,7 +688,15 @@ def choose_labels(labels, label_names, cond):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pixels out
+# Pixels in and out
+
+
+def to_tensor(pixels, device):
+    """uint8 (n, H, W, C) array -> float32 (n, C, H, W) tensor in [-1, 1]; it travels to the device as bytes."""
+    pixels = torch.from_numpy(pixels)
+    if device.type == "cuda":
+        pixels = pixels.pin_memory().to(device, non_blocking=True)
+    return pixels.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_uint8(x):

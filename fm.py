@@ -277,6 +277,35 @@ def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
     return z, nfe
 
 
+def inpaint(v, z, x, hole, ts, path=linear, solver="heun", end_euler=False, states=None, repeats=1, generator=None):
+    """Fills the hole in a picture; returns (the picture, NFE). hole: bool, True where to fill.
+
+    What is known of z at any time is x mixed with noise, so after each step that part is replaced by just this, and
+    the network continues the rest to fit. The last step ends at t = 1, where the known part is x itself, exactly. But
+    a step sees of x only what the noise lets through, and early choices in the hole may not suit it. So each
+    step is taken `repeats` times: the result goes back to the time before, with new noise, and the hole gets another
+    chance to agree with its surroundings (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, for stochastic diffusion).
+    """
+    nfe = 0
+    if states is not None:
+        states.append(z)
+    for i, (t, s) in enumerate(zip(ts, ts[1:])):
+        (alpha, sigma), (alpha_s, sigma_s) = (path(torch.tensor(time, dtype=z.dtype))[:2] for time in (t, s))
+        for again in reversed(range(repeats)):
+            new, n = solve(v, z, [t, s], solver, end_euler and i == len(ts) - 2)
+            e = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
+            new = torch.where(hole, new, alpha_s * x + sigma_s * e)
+            nfe += n
+            if again:  # from s back to t: less of what is there, and the noise that this takes
+                e = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
+                share = alpha / alpha_s
+                z = share * new + (sigma**2 - (share * sigma_s) ** 2).sqrt() * e
+        z = new
+        if states is not None:
+            states.append(z)
+    return z, nfe
+
+
 def time_grid(steps, shift=1.0):
     """steps + 1 times from 0 (noise) to 1 (data); equally spaced, or with shift > 1 denser near the noise: t / (t +
     shift (1-t)), which divides the odds t / (1-t) by shift (Esser et al. 2024, arXiv 2403.03206, 5.3.2)."""

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import data
 import fm
 import model
+
+REPEATS = 5  # of each step while inpainting, see fm.inpaint
 
 
 def pick_device(name):
@@ -77,15 +80,22 @@ def shape_of(config):
     return (2,) if config["data"] in data.POINTS else (data.channels(config["data"]), config["res"], config["res"])
 
 
-def generate(net, config, e, steps, solver="euler", states=None, y=None, guidance=1.0, interval=(0.1, 1.0), shift=1.0,
-             tol=1e-4):
-    """Follows the flow from noise e to samples, float32, shaped as e. Returns (samples, NFE)."""
-    v = fm.velocity(net, config["predict"], fm.PATHS[config["path"]], y, guidance, interval)
-    ts = fm.time_grid(steps, shift)
-    if solver == "dopri5":  # chooses its own steps, up to where x-prediction's velocity is 0/0
-        ts = [0.0, 0.999, 1.0] if config["predict"] == "x" else [0.0, 1.0]
-    with autocast(e.device, config["bf16"]):
-        return fm.solve(v, e, ts, solver, config["predict"] == "x", states, tol)
+def generate(net, config, z, steps, solver="euler", states=None, y=None, guidance=1.0, interval=(0.1, 1.0), shift=1.0,
+             tol=1e-4, start=0.0, known=None):
+    """Follows the flow from z, at time start (0: noise), to samples, float32, shaped as z. Returns (samples, NFE).
+
+    known: (picture, hole, seed), to fill the hole in the picture only.
+    """
+    path = fm.PATHS[config["path"]]
+    v = fm.velocity(net, config["predict"], path, y, guidance, interval)
+    ts = [start + (1 - start) * t for t in fm.time_grid(steps, shift)]
+    end_euler = config["predict"] == "x"
+    with autocast(z.device, config["bf16"]):
+        if known:
+            return fm.inpaint(v, z, *known[:2], ts, path, solver, end_euler, states, REPEATS, known[2])
+        if solver == "dopri5":  # chooses its own steps, up to where x-prediction's velocity is 0/0
+            ts = [start, 1 - 1e-3 * (1 - start), 1.0] if end_euler else [start, 1.0]
+        return fm.solve(v, z, ts, solver, end_euler, states, tol)
 
 
 def parse_label(text, names, config):
@@ -178,7 +188,35 @@ def slerp(a, b, s):
     return (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
 
 
-def main(argv=None):
+def read_picture(path, mode, res):
+    """A picture that is exactly what the network draws, or a mask of its size, as uint8 (H, W, C)."""
+    try:
+        with Image.open(path) as im:
+            if (im.mode, im.size) == (mode, (res, res)):
+                return np.array(im).reshape(res, res, -1)
+    except OSError as error:
+        data.refuse(f"{path} is no picture that can be read ({error})")
+    data.refuse(f"{path} is {im.mode} with {im.width}x{im.height} pixels, needed is {mode} with {res}x{res}; convert it: "
+                f"python -c \"from PIL import Image; Image.open('{path}').convert('{mode}').resize(({res}, {res}))"
+                f".save('fits.png')\"")
+
+
+def invert(net, config, x, steps, y):
+    """Takes a picture back to its noise and forth again, and prints how far from itself it ends. Returns the three
+    and all states between.
+
+    Both ways with the training clamp, see `likelihood`: there and back must be the same field, and in float32, since
+    rounding is all that is lost otherwise.
+    """
+    v, states = fm.velocity(net, config["predict"], fm.PATHS[config["path"]], y, clamp=fm.CLAMP), []
+    e, there = fm.solve(v, x, fm.time_grid(steps)[::-1], "heun", states=states)
+    again, back = fm.solve(v, e, fm.time_grid(steps), "heun", states=states)
+    print(f"round trip: RMS error {(again - x).square().mean().sqrt():.5f} on [-1, 1], NFE {there} + {back}; "
+          f"its noise has mean {e.mean():.3f} and standard deviation {e.std():.3f}")
+    return torch.cat([x, e, again]), states
+
+
+def parse(argv):
     parser = argparse.ArgumentParser(description="Draws samples from a trained flow.", allow_abbrev=False)
     parser.error = data.refuse
     parser.add_argument("folder", help="what train.py wrote, such as out/faces-32")
@@ -191,9 +229,15 @@ def main(argv=None):
     parser.add_argument("--label", default=None, help="a name or number, several (a,b), or all: a row each")
     parser.add_argument("--guidance", type=float, default=1.0, help="how strongly the label pulls; 1 is not at all")
     parser.add_argument("--interval", default="0.1,1", help="times between which guidance is on")
-    parser.add_argument("--interpolate", type=int, default=0, help="pictures from each noise to the next")
-    parser.add_argument("--sweep", action="store_true", help="instead: a table of error against NFE for every solver")
-    parser.add_argument("--bpd", type=int, default=0, help="instead: the likelihood of so many held-out samples")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--interpolate", type=int, default=0, help="pictures from each noise to the next")
+    modes.add_argument("--from", dest="source", metavar="PICTURE", help="start from this picture, partly made noise")
+    parser.add_argument("--strength", type=float, default=0.6, help="... how much of it: 1 is all, 0 nothing")
+    modes.add_argument("--inpaint", metavar="PICTURE", help="fill a hole in this picture ...")
+    parser.add_argument("--mask", metavar="PICTURE", help="... white where the hole is, else black")
+    modes.add_argument("--invert", metavar="PICTURE", help="instead: the noise that leads to it, and back")
+    modes.add_argument("--sweep", action="store_true", help="instead: a table of error against NFE for every solver")
+    modes.add_argument("--bpd", type=int, default=0, help="instead: the likelihood of so many held-out samples")
     parser.add_argument("--batch", type=int, default=None, help="samples at once (default: 64; points: all)")
     parser.add_argument("--weights", default="ema", choices=["ema", "raw"], help="averaged or last weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -204,49 +248,74 @@ def main(argv=None):
         data.refuse("--n, --steps, --batch and --columns must be at least 1")
     if min(args.seed, args.bpd, args.interpolate) < 0 or not (args.tol > 0 and args.shift > 0):
         data.refuse("--seed, --bpd and --interpolate must not be negative, --tol and --shift must be more than 0")
+    if not 0 < args.strength <= 1:
+        data.refuse(f"--strength {args.strength}: more than 0, at most 1")
+    if bool(args.inpaint) != bool(args.mask):
+        data.refuse("--inpaint PICTURE and --mask MASK go together")
+    if args.guidance != 1 and not args.label:
+        data.refuse("--guidance needs a --label to pull towards")
+    try:
+        lo, hi = args.interval = tuple(float(part) for part in args.interval.split(","))
+    except ValueError:
+        data.refuse(f"--interval {args.interval}: two times, such as 0.1,1")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
     device = pick_device(args.device)
     path = Path(args.folder)
     path = path if path.suffix == ".pt" else path / "ckpt.pt"
     net, config, label_names = load(path, device, args.weights)
-    try:
-        interval = tuple(float(part) for part in args.interval.split(","))
-        lo, hi = interval
-    except ValueError:
-        data.refuse(f"--interval {args.interval}: two times, such as 0.1,1")
+    points, shape = config["data"] in data.POINTS, shape_of(config)
+    to = Path(args.to) if args.to else path.parent / "samples.png"
+    if to.suffix not in (".png", ".gif", ".npy", "") or (points and not to.suffix):
+        endings = ".png, .gif or .npy" + ("" if points else ", or none (a folder)")
+        data.refuse(f"cannot write {to}: its ending must be {endings}")
+    data.check_writable(to)
     y, columns = None, args.columns
     if args.label:
         rows = parse_label(args.label, label_names, config)
         each = math.ceil(args.n / len(rows))
         args.n, y = each * len(rows), rows.repeat_interleave(each, 0).to(device)
         columns = columns or (each if len(rows) > 1 else None)
-    elif args.guidance != 1:
-        data.refuse("--guidance needs a --label to pull towards")
-    to = Path(args.to) if args.to else path.parent / "samples.png"
-    points = config["data"] in data.POINTS
-    if to.suffix not in (".png", ".gif", ".npy", "") or (points and not to.suffix):
-        endings = ".png, .gif or .npy" + ("" if points else ", or none (a folder)")
-        data.refuse(f"cannot write {to}: its ending must be {endings}")
-    data.check_writable(to)
+    picture, picture_name = None, args.source or args.inpaint or args.invert
+    if picture_name:
+        if points:
+            data.refuse(f"{picture_name}: this network draws points, not pictures")
+        pixels = read_picture(picture_name, "L" if shape[0] == 1 else "RGB", config["res"])
+        picture = data.to_tensor(pixels[None], device)
 
     if points and device.type == "cpu":
         torch.set_num_threads(1)  # see train.py
-    shape = shape_of(config)
     if args.bpd:
         return likelihood(net, config, args.bpd, args.steps, args.seed, device)
+    e, start, known = noise(args.n, shape, args.seed).to(device), 0.0, None
     if args.sweep:
-        return sweep(net, config, noise(args.n, shape, args.seed).to(device), y)
-    e = noise(args.n, shape, args.seed)
+        return sweep(net, config, e, y)
+    if args.invert:
+        write(*invert(net, config, picture, args.steps, None if y is None else y[:1]), config, to, columns)
+        return print(f"wrote {to}")
     if args.interpolate:  # a row from each noise to the next
         columns, s = args.interpolate, torch.linspace(0, 1, args.interpolate).tolist()
         e = torch.stack([slerp(a, b, part) for a, b in zip(e, e.roll(-1, 0)) for part in s])
         y = None if y is None else y.repeat_interleave(columns, 0)
+    if args.source:  # SDEdit (Meng et al. 2021, arXiv 2108.01073): noise hides detail and keeps the layout
+        start = 1 - args.strength
+        alpha, sigma, _, _ = fm.PATHS[config["path"]](torch.tensor(start))
+        e = alpha * picture + sigma * e
+    if args.inpaint:
+        hole = read_picture(args.mask, "L", config["res"])
+        hole = torch.from_numpy(hole > 127).to(device).permute(2, 0, 1)
+        known = picture, hole, torch.Generator().manual_seed(data.key(args.seed, data.SAMPLE))
+
     size = args.batch or (len(e) if points else 64)
     began, parts, states = time.time(), [], []
     for i in range(0, len(e), size):
         flow = [] if to.suffix == ".gif" else None
         part = None if y is None else y[i : i + size]
-        x, nfe = generate(net, config, e[i : i + size].to(device), args.steps, args.solver, flow, part, args.guidance,
-                          interval, args.shift, args.tol)
+        x, nfe = generate(net, config, e[i : i + size], args.steps, args.solver, flow, part, args.guidance, args.interval,
+                          args.shift, args.tol, start, known)
         parts.append(x)
         states.append(flow)
     seconds = time.time() - began

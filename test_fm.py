@@ -340,6 +340,37 @@ def test_training_clamp_in_the_sampler_would_leave_noise_and_ours_leaves_none():
     assert noise["ours"] < 1e-6 and noise["clamped"] > 0.005, noise
 
 
+@pytest.mark.parametrize("path", fm.PATHS.values(), ids=fm.PATHS)
+def test_inpainting_keeps_what_is_known_and_repeats_find_the_only_completion(path):
+    """Four points; the first two numbers tell which one it is. A perfect denoiser must find the other two."""
+    x = torch.tensor([[-1.0, -1, 2, 0], [-1, 1, -2, 0], [1, -1, 0, 2], [1, 1, 0, -2]], dtype=torch.float64)
+    hole, wanted = torch.tensor([False, False, True, True]), x.repeat(50, 1)
+
+    def denoiser(z, t, y=None):
+        alpha, sigma, _, _ = path(t)
+        return (-((z[:, None] - alpha[:, None, None] * x) ** 2).sum(-1) / (2 * sigma[:, None] ** 2)).softmax(1) @ x
+
+    right = {}
+    for repeats in (1, 5, 25):
+        z = torch.randn(200, 4, dtype=torch.float64)
+        z, nfe = fm.inpaint(fm.velocity(denoiser, path=path), z, wanted, hole, fm.time_grid(20), path, "heun", True,
+                            repeats=repeats)
+        assert nfe == 39 * repeats
+        torch.testing.assert_close(z[:, :2], wanted[:, :2], atol=1e-6, rtol=0)
+        right[repeats] = ((z - wanted).abs().amax(1) < 0.01).double().mean()
+    assert right[1] + 0.1 < right[5] < right[25] > 0.85, right
+
+
+def test_starting_from_a_picture_stays_near_it_when_little_noise_is_added():
+    points = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    config, back = dict(predict="x", path="linear", bf16=False), []
+    for strength in (0.3, 1.0):
+        z = (1 - strength) * points[0] + strength * torch.randn(200, 2, dtype=torch.float64)
+        x, _ = sample.generate(ideal_denoiser(points), config, z, 20, start=1 - strength)
+        back.append(((x - points[0]).abs().amax(1) < 0.01).double().mean().item())
+    assert back[0] > 0.95 and 0.35 < back[1] < 0.65
+
+
 @pytest.mark.parametrize("predict", ["e", "v"])
 def test_e_and_v_predictions_sample_too(predict):
     """A perfect network for one data point, whatever it predicts, brings all noise there."""
@@ -1310,6 +1341,83 @@ def test_interpolation_passes_through_the_samples_themselves(faces_run):
     np.testing.assert_allclose(between[:, -1], ends[[1, 2, 0]], atol=1e-5)
     a, b = torch.randn(2, 1000)
     assert sample.slerp(a, b, 0.5).norm() == pytest.approx(float(a.norm() + b.norm()) / 2, rel=0.02)
+
+
+def save_picture(name, size=(16, 16), mode="RGB"):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).convert(mode).save(name)
+    return np.asarray(Image.open(name))
+
+
+def test_inpainting_keeps_the_unmasked_part_exactly_and_fills_the_rest_differently(faces_run):
+    run, pixels = str(faces_run[0] / "out/pets-16"), save_picture("a.png")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:9, 5:] = 255
+    Image.fromarray(mask).save("mask.png")
+    args = [run, "--inpaint", "a.png", "--mask", "mask.png", "--n", "2", "--steps", "3"]
+    for to in ("x.npy", "folder", "x.gif"):
+        sample.main([*args, "--to", to])
+    x = np.load("x.npy").transpose(0, 2, 3, 1)
+    for i in range(2):
+        np.testing.assert_array_equal(x[i][mask == 0], pixels[mask == 0].astype(np.float32) / 127.5 - 1)
+        filled = np.asarray(Image.open(f"folder/{i:05d}.png"))
+        np.testing.assert_array_equal(filled[mask == 0], pixels[mask == 0])
+    assert np.abs(x[0] - x[1]).max() > 1e-4
+    assert Image.open("x.gif").n_frames == 4
+
+
+def test_inversion_finds_noise_that_leads_back_to_the_picture(faces_run, capsys):
+    run, pixels = str(faces_run[0] / "out/pets-16"), save_picture("a.png")
+    errors = []
+    for steps in (4, 40):
+        sample.main([run, "--invert", "a.png", "--steps", str(steps), "--to", "x.npy"])
+        errors.append(float(capsys.readouterr().out.split("RMS error ")[1].split()[0]))
+        picture, noise, again = np.load("x.npy").transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(picture, pixels / 127.5 - 1, atol=1e-6)
+        assert np.sqrt(np.mean((picture - again) ** 2)) == pytest.approx(errors[-1], abs=1e-5)
+        assert np.abs(noise - picture).max() > 0.1
+    assert errors[1] < errors[0] / 10 and errors[1] < 0.05  # order 2
+    sample.main([run, "--invert", "a.png", "--steps", "3", "--to", "x.gif"])
+    assert Image.open("x.gif").n_frames == 7  # three steps there, three back
+
+
+def test_full_strength_forgets_the_picture_and_less_does_not(faces_run):
+    run, _ = str(faces_run[0] / "out/pets-16"), save_picture("a.png")
+    for name, args in {"plain": "", "all": "--from a.png --strength 1", "most": "--from a.png --strength 0.9",
+                       "usual": "--from a.png"}.items():
+        sample.main([run, "--n", "2", "--steps", "3", *args.split(), "--to", f"{name}.npy"])
+    plain, all, most, usual = (np.load(f"{name}.npy") for name in ("plain", "all", "most", "usual"))
+    np.testing.assert_array_equal(all, plain)
+    assert not np.array_equal(most, plain) and not np.array_equal(most, usual)
+
+
+@pytest.mark.parametrize("args,words", [
+    ("--invert small.png", ["small.png", "8x8", "16x16", "resize"]),
+    ("--invert grey.png", ["grey.png is L", "RGB"]),
+    ("--from nowhere.png", ["nowhere.png"]),
+    ("--from text.png", ["text.png"]),
+    ("--from a.png --strength 0", ["--strength"]),
+    ("--from a.png --strength nan", ["--strength"]),
+    ("--inpaint a.png", ["--mask"]),
+    ("--mask grey.png", ["--inpaint"]),
+    ("--inpaint a.png --mask small.png", ["small.png"]),
+    ("--inpaint a.png --mask a.png", ["a.png is RGB", "needed is L"]),
+    ("--inpaint a.png --mask grey.png --invert a.png", ["--invert", "not allowed with"]),
+], ids=str)
+def test_pictures_and_masks_that_do_not_fit_are_refused(args, words, faces_run, capsys):
+    save_picture("a.png")
+    save_picture("small.png", (8, 8))
+    save_picture("grey.png", mode="L")
+    Path("text.png").write_text("no picture")
+    Path("kept.png").write_text("old")
+    refused(capsys, lambda: sample.main([str(faces_run[0] / "out/pets-16"), *args.split(), "--to", "kept.png"]), *words)
+    assert Path("kept.png").read_text() == "old"
+
+
+def test_points_have_no_pictures_to_edit(quick_w2, capsys):
+    train.main([*MOONS, "--steps", "2"])
+    save_picture("a.png")
+    refused(capsys, lambda: sample.main(["out/moons", "--invert", "a.png"]), "points")
 
 
 def test_shift_and_tolerance_change_the_samples_and_dopri5_counts_its_steps(faces_run, capsys):

@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import timeit
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -122,6 +123,10 @@ def fitting_patches(res, patch):
 CHOICES = {"predict": ["x", "e", "v"], "loss": ["x", "e", "v"], "path": list(fm.PATHS),
            "time": ["logit-normal", "uniform"], "model": ["transformer", "unet", "mlp"], "norm": list(model.NORMS),
            "attention": list(model.ATTENTION), "optimizer": ["muon", "adamw"]}
+AT_LEAST = dict(res=8, lr=1e-9, clip=1e-9) | dict.fromkeys(
+    ("steps", "batch", "patch", "stride", "width", "depth", "heads", "ot_block", "log", "preview"), 1) | dict.fromkeys(
+    ("warmup", "decay", "jitter", "seed", "cooldown", "ema", "drop", "cover"), 0)
+AT_MOST = dict.fromkeys(("cooldown", "ema", "drop", "cover"), 1)
 # What a checkpoint's weights mean and its optimizers' state fits; none of it can change on the way.
 FIXED = ("data", "res", "predict", "path", "model", "patch", "stride", "width", "depth", "heads", "norm",
          "optimizer", "cond")
@@ -154,31 +159,20 @@ def parse(argv):
 def resolve(given):
     """The given fields over the preset's over Config's. Refuses what cannot work."""
     name = given.get("data", Config.data)
-    res = given.get("res", data.OFFICIAL[name]["res"] if name in data.OFFICIAL else Config.res)
-    if res < 8:
-        data.refuse(f"--res {res} is too small: at least 8")
     if not name:
         data.refuse("--data needs a name or a path")
-    config = Config(**{"res": res, **preset(name, res, given.get("model")), **given})
+    res = given.get("res", data.OFFICIAL[name]["res"] if name in data.OFFICIAL else Config.res)
+    config = Config(**{"res": res, **preset(name, max(8, res), given.get("model")), **given})
     config.out = config.out or f"out/{data.stem(name)}" + ("" if name in data.POINTS else f"-{res}")
-    for field in ("steps", "batch", "lr", "clip", "patch", "stride", "width", "depth", "heads", "ot_block", "log",
-                  "preview"):
-        if not getattr(config, field) > 0:
-            data.refuse(f"--{field.replace('_', '-')} {getattr(config, field)}: must be more than 0")
-    for field in ("warmup", "decay", "jitter", "seed"):
-        if getattr(config, field) < 0:
-            data.refuse(f"--{field} {getattr(config, field)}: must not be negative")
-    for field in dataclasses.fields(config):
-        if field.type is float and not math.isfinite(getattr(config, field.name) or 0):
-            data.refuse(f"--{field.name.replace('_', '-')} {getattr(config, field.name)}: must be finite")
+    for field, value in vars(config).items():
+        low, high = AT_LEAST.get(field, -math.inf), AT_MOST.get(field, math.inf)
+        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+            data.refuse(f"--{field.replace('_', '-')} {value}: must lie between {low} and {high}")
     if Path(config.out).exists() and not Path(config.out).is_dir():
         data.refuse(f"--out {config.out}: there is a file of that name")
-    for field in ("cooldown", "ema", "drop", "cover"):
-        if not 0 <= getattr(config, field) <= 1:
-            data.refuse(f"--{field} {getattr(config, field)}: must lie between 0 and 1")
     if (config.model == "mlp") != (name in data.POINTS):
-        data.refuse(f"--model {config.model} does not go with --data {name}: mlp is for points, transformer for "
-                    f"pictures")
+        data.refuse(f"--model {config.model} does not go with --data {name}: mlp is for points, transformer and unet "
+                    f"for pictures")
     return config
 
 
@@ -196,14 +190,6 @@ def network(config, labels=0):
 
 # ---------------------------------------------------------------------------------------------------------------
 # What goes into a step
-
-
-def to_tensor(pixels, device):
-    """uint8 (n, H, W, C) array -> float32 (n, C, H, W) tensor in [-1, 1]; it travels to the device as bytes."""
-    pixels = torch.from_numpy(pixels)
-    if device.type == "cuda":
-        pixels = pixels.pin_memory().to(device, non_blocking=True)
-    return pixels.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def t_mean(config):
@@ -227,7 +213,7 @@ def batch(config, images, labels, step, rank, world, device):
         train, _ = data.split(len(images))
         chosen = data.batch_indices(len(train), config.batch, step, config.seed)[rank * n : (rank + 1) * n]
         chosen = train[chosen]
-        x = to_tensor(images[chosen], device)
+        x = data.to_tensor(images[chosen], device)
         if config.flip:
             x = torch.where(torch.rand(n, 1, 1, 1, generator=g, device=device) < 0.5, x, x.flip(3))
     e = torch.randn(x.shape, generator=g, device=device)
@@ -282,7 +268,7 @@ def held_out(net, config, images, labels, device):
     else:
         chosen = data.split(len(images))[1][:HELD_OUT_PICTURES]
         chosen = np.tile(chosen, math.ceil(10 / len(chosen)))  # a tiny dataset still fills ten bins
-        x = to_tensor(images[chosen], torch.device("cpu"))
+        x = data.to_tensor(images[chosen], torch.device("cpu"))
         y = None if labels is None else torch.from_numpy(labels[chosen].astype(np.int64))
     e = torch.randn(x.shape, generator=torch.Generator().manual_seed(data.key(0, data.HELD_OUT, 1)))
     t = (torch.arange(len(x)) + 0.5) / len(x)
@@ -326,36 +312,24 @@ def resume_from(given):
     if not (out / "ckpt.pt").is_file():
         data.refuse(f"nothing to resume: no {out / 'ckpt.pt'}; start without --resume, or name the run's folder: "
                     f"--out DIR")
-    checkpoint, config, was = read_checkpoint(out / "ckpt.pt", given)
-    done = checkpoint["step"]
-    if done >= config.steps:
-        data.refuse(f"{out} is at step {done} already; to train longer, ask for more: --steps {2 * done}")
-    same = config.steps == was.steps and config.cooldown == was.cooldown
-    if same or done <= min(cooldown_start(was), cooldown_start(config)):  # as far as both schedules agree
-        return checkpoint, config
-    start = checkpoint["step"]
-    if (out / "stable.pt").is_file():
-        checkpoint, config, _ = read_checkpoint(out / "stable.pt", given)
-        start = checkpoint["step"]
-    if start > cooldown_start(config) or checkpoint["step"] == done:
-        data.refuse(f"{out} cannot become a run of {config.steps} steps: those cool down from step "
-                    f"{cooldown_start(config)} on, and it is at {start}; ask for more: "
-                    f"--steps {2 * max(start, config.steps)}")
-    shutil.copyfile(out / "ckpt.pt", out / f"ckpt-{done}.pt")  # finished as it is, it may be wanted
-    return checkpoint, config
-
-
-def read_checkpoint(path, given):
-    """(checkpoint, its config changed by the given fields, its config); refuses what does not go together."""
-    checkpoint = sample.read_checkpoint(path)
-    known = {field.name for field in dataclasses.fields(Config)}
-    was = Config(**{name: value for name, value in checkpoint["config"].items() if name in known})
-    config = dataclasses.replace(was, **{**given, "out": str(path.parent)})
-    for field in FIXED:
-        if getattr(config, field) != getattr(was, field):
-            data.refuse(f"--{field} {getattr(config, field)}: {path} was trained with {getattr(was, field)}; leave the "
-                        f"flag out, or start anew in another folder: --out DIR")
-    return checkpoint, config, was
+    for path in filter(Path.is_file, (out / "ckpt.pt", out / "stable.pt")):
+        checkpoint = sample.read_checkpoint(path)
+        was, step = Config(**checkpoint["config"]), checkpoint["step"]
+        config = dataclasses.replace(was, **{**given, "out": str(out)})
+        for field in FIXED:
+            if getattr(config, field) != getattr(was, field):
+                data.refuse(f"--{field} {getattr(config, field)}: {path} was trained with {getattr(was, field)}; leave "
+                            f"the flag out, or start anew in another folder: --out DIR")
+        done = step if path.stem == "ckpt" else done
+        if done >= config.steps:
+            data.refuse(f"{out} is at step {done} already; to train longer, ask for more: --steps {2 * done}")
+        same = (config.steps, config.cooldown) == (was.steps, was.cooldown)
+        if path.stem == "ckpt" and same or step <= min(cooldown_start(was), cooldown_start(config)):
+            if step < done:
+                shutil.copyfile(out / "ckpt.pt", out / f"ckpt-{done}.pt")  # finished as it is, it may be wanted
+            return checkpoint, config
+    data.refuse(f"{out} cannot become a run of {config.steps} steps: those cool down from step {cooldown_start(config)} "
+                f"on, and it is at {step}; ask for more: --steps {2 * config.steps}")
 
 
 def set_aside(out):
@@ -426,20 +400,17 @@ def wasserstein(ema, config, device):
 def bench(config, sizes, train_step, device, world):
     """Times the training step: warm-up, then the median of ten repeats."""
 
-    def seconds(f, repeats=10, inner=1):
-        times = []
-        for i in range(repeats + 3):
-            began = time.perf_counter()
-            for _ in range(inner):
+    def seconds(f, n=10 if device.type == "cuda" else 1):
+        def run():
+            for i in range(n):  # several, so that a GPU's queue stays filled
                 f(i)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            times.append((time.perf_counter() - began) / inner)
-        return float(np.median(times[3:]))
+        return float(np.median(timeit.repeat(run, number=1, repeat=13)[3:])) / n
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    step = seconds(train_step, inner=10 if device.type == "cuda" else 1)
+    step = seconds(train_step)
     with torch.device("meta"):  # shapes without numbers, to count; attention written out, so that all of it counts
         net = model.build(**{name: "hand" if name == "attention" else size for name, size in sizes.items()})
         with FlopCounterMode(display=False) as counter:
