@@ -129,13 +129,14 @@ def rope_table(side, dim):
     """
     frequency = 100.0 ** -(torch.arange(dim // 4) / (dim // 4))
     angle = (grid_positions(side)[:, :, None] * frequency).flatten(1)  # (N, 2, d/4) -> (N, d/2)
-    return angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)  # (N, d) each
+    cos, sin = angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)
+    return cos[:, None], sin[:, None]  # (N, 1, d) each
 
 
 def rope(q, cos, sin):
     """Rotates each pair (q_i, q_{i + d/2}) by its token's angle, so that q . k depends only on where the one token
     lies relative to the other."""
-    return q * cos + q.roll(q.shape[-1] // 2, dims=-1) * sin  # (B, H, N, d)
+    return q * cos + q.roll(q.shape[-1] // 2, dims=-1) * sin  # (B, N, H, d)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -149,14 +150,15 @@ def inverse_rms(z, eps=1e-6):
 
 
 class RMSNorm(nn.Module):
-    """weight * z / rms(z) (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    """weight * z / rms(z) (Zhang & Sennrich 2019, arXiv 1910.07467), times the caller's scale, which is small beside z:
+    multiplied with the weight first, it costs no pass over the tokens of its own."""
 
     def __init__(self, dim):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, z):
-        return z * inverse_rms(z) * self.weight.to(z.dtype)
+    def forward(self, z, scale=1.0):
+        return z * inverse_rms(z) * (self.weight * scale).to(z.dtype)
 
 
 class Derf(nn.Module):
@@ -170,9 +172,9 @@ class Derf(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim))
         self.beta = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, z):
+    def forward(self, z, scale=1.0):
         squashed = torch.erf(self.alpha.to(z.dtype) * z + self.s.to(z.dtype))
-        return self.gamma.to(z.dtype) * squashed + self.beta.to(z.dtype)
+        return (self.gamma * scale).to(z.dtype) * squashed + (self.beta * scale).to(z.dtype)
 
 
 NORMS = {"rms": RMSNorm, "derf": Derf}
@@ -205,10 +207,11 @@ class Attention(nn.Module):
 
     def forward(self, z, cos, sin):
         B, N, D = z.shape
-        q, k, v = (f(z).view(B, N, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, N, d)
+        q, k, v = (f(z).view(B, N, self.heads, -1) for f in (self.q, self.k, self.v))  # (B, N, H, d) each
         # QK-norm bounds the scores by sqrt(d), so that no softmax saturates (Henry et al. 2020, arXiv 2010.04245).
         q = rope(q * inverse_rms(q), cos, sin)
         k = rope(k * inverse_rms(k), cos, sin)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, N, d) each
         mixed = ATTENTION[self.attention](q, k, v)  # (B, H, N, d)
         return self.out(mixed.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
 
@@ -241,8 +244,8 @@ class Block(nn.Module):
 
     def forward(self, z, c, cos, sin):
         scale1, gate1, scale2, gate2 = self.modulation(c)[:, None].chunk(4, dim=-1)  # (B, 1, D) each
-        z = z + gate1 * self.attention(self.norm1(z) * (1 + scale1), cos, sin)  # (B, N, D)
-        return z + gate2 * self.swiglu(self.norm2(z) * (1 + scale2))  # (B, N, D)
+        z = z + gate1 * self.attention(self.norm1(z, 1 + scale1), cos, sin)  # (B, N, D)
+        return z + gate2 * self.swiglu(self.norm2(z, 1 + scale2))  # (B, N, D)
 
 
 class Transformer(nn.Module):

@@ -102,19 +102,15 @@ def parse_label(text, names, config):
     """--label as y: a class by name or number, attributes by name (comma-separated), or all: one row for each."""
     if not names:
         data.refuse(f"--label {text}: this network has learnt no labels; train with --cond all")
-    many = config["data"] in ("faces", "celeba")  # several may hold at once
-    eye = torch.eye(len(names), dtype=torch.int64) if many else torch.arange(len(names))
-    if text == "all":
-        return eye
-    rows = []
-    for word in text.split(","):
-        if word in names:
-            rows.append(eye[names.index(word)])
-        elif word.isdigit() and int(word) < len(names):
-            rows.append(eye[int(word)])
-        else:
+    words = names if text == "all" else text.split(",")
+    for word in words:
+        if word not in names and not (word.isdigit() and int(word) < len(names)):
             data.refuse(f"--label {word}: not one of {', '.join(names)}")
-    return torch.stack(rows).amax(0, keepdim=True) if many else torch.stack(rows)
+    y = torch.tensor([names.index(word) if word in names else int(word) for word in words])
+    if config["data"] not in ("faces", "celeba"):
+        return y
+    rows = torch.nn.functional.one_hot(y, len(names))  # several may hold at once
+    return rows if text == "all" else rows.amax(0, keepdim=True)
 
 
 def draw(x, config, columns=None):
@@ -134,6 +130,15 @@ def write(x, states, config, to, columns=None):
         to.mkdir(exist_ok=True)
         for i, pixels in enumerate(data.to_uint8(x)):
             data.picture(pixels).save(to / f"{i:05d}.png")
+
+
+def border_ratio(x, patch, stride):
+    """Mean squared step between neighbouring pixels where a patch begins or ends, over that elsewhere. A visible grid
+    of patches makes it large; without one it is what it is in the data. x: (B, C, H, W)."""
+    steps = x.diff(dim=3).square().mean((0, 1, 2)) + x.diff(dim=2).square().mean((0, 1, 3))  # (W-1,)
+    at = torch.arange(1, x.shape[3], device=x.device)
+    border = (at % stride == 0) | ((at - patch) % stride == 0)
+    return (steps[border].mean() / steps[~border].mean()).item()
 
 
 def held_out(config, n):
@@ -320,8 +325,11 @@ def main(argv=None):
         states.append(flow)
     seconds = time.time() - began
     states = [torch.cat(batch) for batch in zip(*states)] if to.suffix == ".gif" else None
-    write(torch.cat(parts), states, config, to, columns)
-    print(f"{len(e)} samples, {args.steps} steps of {args.solver}, NFE {nfe}, {len(e) / seconds:.1f} samples/s")
+    x = torch.cat(parts)
+    write(x, states, config, to, columns)
+    print(f"{len(e)} samples, {args.steps} steps of {args.solver}, NFE {nfe}, {len(e) / seconds:.1f} samples/s"
+          + (f", gradient at patch borders {border_ratio(x, config['patch'], config['stride']):.3f} of that elsewhere"
+             if config["model"] == "transformer" else ""))
     print(f"wrote {to}")
 
 

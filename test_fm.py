@@ -429,7 +429,7 @@ def test_derf_equals_its_formula_in_float64():
 
 def test_rope_scores_depend_on_relative_position_only_in_both_axes():
     side, d = 7, 16
-    cos, sin = (table.double() for table in model.rope_table(side, d))
+    cos, sin = (table.double()[:, 0] for table in model.rope_table(side, d))
     q, k = torch.randn(2, d, dtype=torch.float64)
     scores = (model.rope(q.expand(side**2, d), cos, sin) @ model.rope(k.expand(side**2, d), cos, sin).T)
     scores = scores.view(side, side, side, side)  # [row, column] of q, [row, column] of k
@@ -1379,6 +1379,14 @@ def test_inversion_finds_noise_that_leads_back_to_the_picture(faces_run, capsys)
     assert errors[1] < errors[0] / 10 and errors[1] < 0.05  # order 2
     sample.main([run, "--invert", "a.png", "--steps", "3", "--to", "x.gif"])
     assert Image.open("x.gif").n_frames == 7  # three steps there, three back
+
+
+def test_border_ratio_finds_a_grid_of_patches_and_none_in_noise():
+    noise = torch.randn(200, 3, 16, 16)
+    for patch, stride, borders in ((4, 4, [4, 8, 12]), (8, 4, [4, 8, 12]), (6, 5, [5, 6, 10, 11])):
+        assert sample.border_ratio(noise, patch, stride) == pytest.approx(1, abs=0.05)
+        brightness = torch.tensor([sum(column >= border for border in borders) for column in range(16)])
+        assert sample.border_ratio(noise + 3 * brightness, patch, stride) > 3
 
 
 def test_full_strength_forgets_the_picture_and_less_does_not(faces_run):

@@ -55,7 +55,7 @@ class Config:
     loss: str = "v"  # in which of x, e, v the squared error is taken
     path: str = "linear"  # linear or cosine
     time: str = "logit-normal"  # logit-normal or uniform training times
-    t_mean: float = None  # mean of the logit-normal; by default -0.8 - log(res/256)
+    t_mean: float = 0.0  # mean of the logit-normal; for pictures of 64 pixels and more -0.8 - log(res/256)
     ot: bool = False  # pair noise with data by optimal transport
     ot_block: int = 64  # in groups of so many: the assignment costs O(n^3), the gain flattens about here
     cover: float = 0.0  # share of times drawn uniformly, so that all are seen; the loss is corrected for it
@@ -97,21 +97,22 @@ def preset(name, res, kind=None):
     if name in data.POINTS:
         return dict(model="mlp", width=64, predict="v", time="uniform", optimizer="adamw", steps=3000, batch=256,
                     lr=2e-3, ema=0.999, log=200, preview=1000)
-    # At 32 pixels the formula's mean, 1.3, sees too little noise in so few steps: faces fall apart.
-    fields = dict(patch=8, stride=4, t_mean=0.0)
+    fields = dict(t_mean=fm.logit_normal_mean(res))
     if name in data.OFFICIAL:
         kind = kind or "unet"
         fields = dict(model="unet", cond="all", flip=name != "mnist", t_mean=-0.4, steps=2500, warmup=100, ema=0.995,
                       log=50, preview=500)
     elif res >= 128:  # at 256: JiT-B/16 with patches that overlap, about 115M parameters
-        fields = dict(width=768, depth=12, heads=12, optimizer="adamw", lr=2e-4, batch=128, steps=160_000, warmup=2000,
-                      cooldown=0.0, ema=0.9999, log=50, preview=2000)
-    elif res != 32:
-        fields = dict(width=384, depth=8, heads=6, lr=1e-3, steps=20_000, warmup=500, ema=0.999, log=50, preview=1000)
+        fields |= dict(width=768, depth=12, heads=12, optimizer="adamw", lr=2e-4, batch=128, steps=160_000,
+                       warmup=2000, cooldown=0.0, ema=0.9999, log=50, preview=2000)
+    elif res > 32:
+        fields |= dict(width=384, depth=8, heads=6, lr=1e-3, steps=20_000, warmup=500, ema=0.999, log=50, preview=1000)
+    else:  # at 32 pixels the formula's mean, 1.3, sees too little noise in so few steps: faces fall apart
+        fields = {}
     if kind == "unet":
         return fields | dict(width=32, depth=2, heads=4, optimizer="adamw", lr=2e-3)
     patch, stride = fitting_patches(res, res // 16 if res >= 128 else 8)
-    return dict(patch=patch, stride=stride) | fields
+    return fields | (dict(patch=patch, stride=stride) if res != 32 else {})
 
 
 def fitting_patches(res, patch):
@@ -192,13 +193,6 @@ def network(config, labels=0):
 # What goes into a step
 
 
-def t_mean(config):
-    """Mean of the logit-normal times; None for uniform ones."""
-    if config.time == "uniform":
-        return None
-    return fm.logit_normal_mean(config.res) if config.t_mean is None else config.t_mean
-
-
 def batch(config, images, labels, step, rank, world, device):
     """One process's share of a step: x, e, t, y and jitter, a pure function of (seed, step, rank).
 
@@ -219,7 +213,8 @@ def batch(config, images, labels, step, rank, world, device):
     e = torch.randn(x.shape, generator=g, device=device)
     if config.ot:
         e = fm.ot_pair(x, e, config.ot_block)
-    t = fm.sample_t(n, t_mean(config), cover=config.cover, generator=g, device=device)
+    mean = config.t_mean if config.time == "logit-normal" else None
+    t = fm.sample_t(n, mean, cover=config.cover, generator=g, device=device)
     y = jitter = None
     if labels is not None:
         y = torch.from_numpy(labels[chosen].astype(np.int64)).to(device)
@@ -349,10 +344,8 @@ EULER_STEPS = (1, 2, 4, 10, 100)
 
 
 def read_log(out):
-    if not (out / "log.csv").exists():
-        return []
-    with open(out / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    path = out / "log.csv"
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def write_log(out, rows):
@@ -363,8 +356,8 @@ def write_log(out, rows):
         writer.writeheader()
         writer.writerows(rows)
     part.replace(out / "log.csv")
-    curves = {"training loss": "loss", "held-out loss": "held_out"}
-    curves = {name: [(int(r["step"]), float(r[c])) for r in rows if r.get(c)] for name, c in curves.items()}
+    curves = {name: [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+              for name, column in (("training loss", "loss"), ("held-out loss", "held_out"))}
     data.plot({name: tuple(zip(*curve)) for name, curve in curves.items() if curve}, "step").save(out / "loss.png")
 
 
@@ -498,7 +491,7 @@ def main(argv=None):
         with sample.autocast(device, config.bf16):
             loss = fm.loss(fast, x, e, t, y, config.predict, config.loss, fm.PATHS[config.path], jitter)
         if config.cover and config.time != "uniform":
-            loss = loss * fm.importance(t, t_mean(config), config.cover)
+            loss = loss * fm.importance(t, config.t_mean, config.cover)
         loss = loss.mean()
         net.zero_grad()
         loss.backward()
