@@ -136,8 +136,8 @@ def border_ratio(x, patch, stride):
     """Mean squared step between neighbouring pixels where a patch begins or ends, over that elsewhere. A visible grid
     of patches makes it large; without one it is what it is in the data. x: (B, C, H, W)."""
     steps = x.diff(dim=3).square().mean((0, 1, 2)) + x.diff(dim=2).square().mean((0, 1, 3))  # (W-1,)
-    at = torch.arange(1, x.shape[3], device=x.device)
-    border = (at % stride == 0) | ((at - patch) % stride == 0)
+    starts = torch.arange(0, x.shape[3] - patch + 1, stride)
+    border = torch.isin(torch.arange(1, x.shape[3]), torch.cat([starts, starts + patch])).to(x.device)
     return (steps[border].mean() / steps[~border].mean()).item()
 
 
