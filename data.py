@@ -127,7 +127,8 @@ def palette(codes):
 SKINS = palette("ffdcc4 f9c8a6 eeb083 d9986a bd7d55 a86f49 8b583a")
 HAIRS = palette("f7c63f ffd85e ee7430 b04e2c 6e4023 6e4023 38272b 221f2e 221f2e c3c8d2 f072a6 3fa7a3")
 BACKDROPS = palette("bfe3f5 c9efd8 ffd9dc fff0c2 dcd3f7 b5e0dc e9ecf2")
-CLOTHES = palette("d8432f 2e86ab f2a541 5b8c5a 7a5ba8 d64b7f 2f3e5c 26263a")
+CLOTHES = palette("d8432f 2e86ab f2a541 5b8c5a 7a5ba8 d64b7f 2f3e5c f4f1e8")
+FRAMES = palette("26263a c2313f 1f6f8b")
 IRISES = palette("5a3420 2f78c0 3a8a55 4a4a5c")
 INK, WHITE, TONGUE, BLACK, DUSK = palette("260e17 ffffff f0606c 221f2e dec2b8").T.reshape(5, 3, 1, 1, 1)
 
@@ -172,7 +173,7 @@ def draw_faces(indices, res):
 
     # Who is it?
     skin, hair, iris, backdrop = any_of(SKINS), any_of(HAIRS), any_of(IRISES), any_of(BACKDROPS)
-    shirt, felt, frame = any_of(CLOTHES), any_of(CLOTHES), any_of(CLOTHES)
+    shirt, felt, frame = any_of(CLOTHES), any_of(CLOTHES[:, :-1]), any_of(FRAMES)  # no white hats
     style, mouth, hat = any_of(STYLES), any_of(MOUTHS), any_of(HATS)
     smile, grin, laugh, frown = (mouth == kind for kind in ("smile", "grin", "laugh", "frown"))
     long, curly, falling = style == "long", style == "curly", np.isin(style, ("long", "bob"))
@@ -191,6 +192,7 @@ def draw_faces(indices, res):
     canvas = np.broadcast_to(backdrop, (3, len(indices), res, res)).copy()
 
     def paint(who, colour, shape):
+        """Lays a flat colour over the inside of a shape, on the faces in `who`; edges are one pixel soft."""
         cover = np.clip(0.5 - shape * pixels, 0, 1) * who
         canvas[:] += cover * (colour - canvas)
 
@@ -354,23 +356,23 @@ def look(name, root):
 
 def stream_official(name, paths, res):
     """Yields (picture (res, res, C) uint8, label) of all OFFICIAL[name]["n"], training files first."""
-    about, contents = OFFICIAL[name], {}
+    about, parts = OFFICIAL[name], []
     for path in paths:
         content = path.read_bytes()
         if (about["files"] | about["parts"])[path.name] not in (len(content), hashlib.md5(content).hexdigest()):
             refuse(f"{path} is cut short, damaged or not {name}'s; delete it and run the same command with --download")
         if path.name.endswith(".tar.gz"):
             with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-                contents |= {Path(entry.name).name: tar.extractfile(entry).read() for entry in tar if entry.isfile()}
+                inside = {Path(entry.name).name: tar.extractfile(entry).read() for entry in tar if entry.isfile()}
+            parts += [inside[part] for part in about["parts"]]
         else:
-            contents[path.name.removesuffix(".gz")] = gzip.decompress(content) if path.suffix == ".gz" else content
-    parts = [np.frombuffer(contents[part], np.uint8) for part in about["parts"]]
+            parts.append(gzip.decompress(content) if path.suffix == ".gz" else content)
     if name == "cifar10":
-        rows = np.concatenate(parts).reshape(-1, 3073)
+        rows = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
         images, labels = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
     else:
-        images = np.concatenate([part[16:] for part in parts[::2]]).reshape(-1, 28, 28, 1)
-        labels = np.concatenate([part[8:] for part in parts[1::2]])
+        images = np.frombuffer(parts[0][16:] + parts[2][16:], np.uint8).reshape(-1, 28, 28, 1)
+        labels = np.frombuffer(parts[1][8:] + parts[3][8:], np.uint8)
     for pixels, label in zip(images, labels.tolist()):
         yield np.asarray(picture(pixels).resize((res, res), Image.Resampling.LANCZOS)).reshape(res, res, -1), label
 
@@ -419,11 +421,11 @@ def stream_faces(res):
 
 def stream_files(place, names, labels, res):
     """Decodes in parallel (Pillow releases the GIL), in pieces, so that pictures do not pile up in memory."""
-    folder = place if place.is_dir() else zipfile.Path(place)
+    read = (lambda name: (place / name).read_bytes()) if place.is_dir() else zipfile.ZipFile(place).read
 
     def decode(name, label):
         try:
-            return read_picture(io.BytesIO((folder / name).read_bytes()), res), label
+            return read_picture(io.BytesIO(read(name)), res), label
         except Exception as error:  # whatever a broken file makes a decoder raise: it is skipped, and named
             return None, f"{name} ({type(error).__name__}: {error})"
 
@@ -443,8 +445,7 @@ def write_pack(folder, stream, n):
                 file.write(pixels.tobytes())
                 labels.append(label)
             if i % 2000 == 0 or i == n:
-                rate = i / (time.time() - began)
-                print(f"  {i:,}/{n:,}  {rate:,.0f} pictures/s  ETA {(n - i) / rate:.0f} s", flush=True)
+                print(f"  {i:,} of {n:,}  {i / (time.time() - began):,.0f} pictures/s", flush=True)
     if skipped:
         print(f"skipped {len(skipped):,} of {n:,} that could not be decoded:", *skipped[:10], sep="\n  ")
     if not labels:
@@ -490,7 +491,7 @@ def load(name, root="data", res=32):
         size = n * res * res * channels(name) / 1e9
         print(f"packing {n:,} pictures of {name} at {res}x{res} into {pack} ({size:.1f} GB)", flush=True)
         pack.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=pack.parent) as folder:  # which goes, whatever happens
+        with tempfile.TemporaryDirectory(prefix="part-", dir=pack.parent) as folder:  # which goes, whatever happens
             part = Path(folder, "part")
             part.mkdir()
             write_pack(part, stream, n)
@@ -515,10 +516,10 @@ def choose_labels(labels, label_names, cond):
     if cond == "all":
         return labels, label_names
     chosen = cond.split(",")
-    for name in chosen:
-        if name not in label_names or labels.ndim == 1:
-            refuse(f"--cond {name}: not one of {', '.join(label_names)}" if labels.ndim > 1 else
-                   f"--cond {name}: each picture here has one label of {', '.join(label_names)}; use --cond all")
+    wrong = [name for name in chosen if name not in label_names or labels.ndim == 1]
+    if wrong:
+        others = f", or some of {', '.join(label_names)}" if labels.ndim > 1 else ""
+        refuse(f"--cond {wrong[0]}: no attribute of this dataset; ask for all{others}")
     return labels[:, [label_names.index(name) for name in chosen]], chosen
 
 
@@ -572,15 +573,14 @@ def plot(curves, xlabel):
     im = Image.new("RGB", (W, H), "white")
     draw, font = ImageDraw.Draw(im), ImageFont.load_default(24)
     lines = {name: np.stack([x, np.log10(y)], 1) for name, (x, y) in curves.items()}  # (n, 2) each
-    everything = np.concatenate(list(lines.values()))
-    low = everything.min(0) - (0, 0.02)
-    span = np.maximum(everything.max(0) + (0, 0.02) - low, (1, 0.04))
+    all_points = np.concatenate(list(lines.values()))
+    low, high = all_points.min(0) - (0, 0.02), all_points.max(0) + (1e-6, 0.02)
 
     def place(p):
-        return (p - low) / span * (W - left - edge, bottom + edge - H) + (left, H - bottom)
+        return (p - low) / (high - low) * (W - left - edge, bottom + edge - H) + (left, H - bottom)
 
     for i in range(6):
-        tick = low + i / 5 * span
+        tick = low + i / 5 * (high - low)
         x, y = place(tick)
         draw.line([left, y, W - edge, y], "#dddddd", 2)
         draw.text((left - 12, y), f"{10 ** tick[1]:.3g}", "#444444", font, "rm")
