@@ -8,25 +8,19 @@ shared by all processes through the page cache; there are no loader processes to
 """
 
 import argparse
-import difflib
 import functools
 import gzip
 import hashlib
-import http.client
 import io
-import json
-import math
-import os
-import shutil
 import signal
 import sys
 import tarfile
+import tempfile
 import time
-import urllib.request
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -120,36 +114,29 @@ def points(name, n, rng):
 
 FACE_ATTRIBUTES = ("smiling", "open_mouth", "glasses", "hat", "beard", "long_hair", "curly_hair", "blond")
 
-HAIR_STYLES = dict(bald=7, short=14, swept=12, mohawk=6, bun=8, buns=7, bob=10, long=16, curly=12)
-MOUTHS = dict(smile=24, grin=17, laugh=17, tongue=8, flat=13, round=12, frown=9)
+# Each is as likely as it is often named here.
+STYLES = np.array("bald short short short short mohawk buns bob long long long curly curly".split())
+MOUTHS = np.array("smile smile smile grin grin laugh laugh flat round frown".split())
+HATS = np.array("none none none none none none none beanie brim".split())
 
 
 def palette(codes):
-    return np.array([list(bytes.fromhex(code)) for code in codes.split()], np.float32)
+    """Colours (3, k), red, green and blue, 0 to 255."""
+    return np.array([list(bytes.fromhex(code)) for code in codes.split()], np.float32).T
 
 
-SKINS = palette("ffdcc4 f9c8a6 eeb083 d9986a bd7d55 a86f49 8b583a")  # light to dark
-HAIRS = palette("f7c63f ffd85e ee7430 b04e2c 6e4023 38272b 221f2e c3c8d2 f072a6 3fa7a3")  # two blonds first
-BACKDROPS = palette("bfe3f5 c9efd8 ffd9dc fff0c2 dcd3f7 ffdcbd b5e0dc e9ecf2")
-CLOTHES = palette("e4572e 2e86ab f2a541 5b8c5a 7a5ba8 d64b7f 2f3e5c f4f1e8")
-IRISES = palette("5a3420 2f78c0 3a8a55 4a4a5c")
+SKINS = palette("ffdcc4 f9c8a6 eeb083 d9986a bd7d55 a86f49 8b583a")
+HAIRS = palette("f7c63f ffd85e ee7430 b04e2c 6e4023 6e4023 38272b 221f2e 221f2e c3c8d2 f072a6 3fa7a3")
+BACKDROPS = palette("bfe3f5 c9efd8 ffd9dc fff0c2 dcd3f7 b5e0dc e9ecf2")
+CLOTHES = palette("d8432f 2e86ab f2a541 5b8c5a 7a5ba8 d64b7f 2f3e5c f4f1e8")
 FRAMES = palette("26263a c2313f 1f6f8b")
-INK, WHITE, TONGUE, PUPIL = palette("260e17 ffffff f0606c 14101a")
-
-
-def uniforms(indices, count):
-    """(n, count) numbers in [0, 1) hashed from each index alone, so a face never depends on its batch."""
-    z = np.asarray(indices, np.uint64)[:, None] * np.uint64(count) + np.arange(1, count + 1, dtype=np.uint64)
-    z = z * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ z >> np.uint64(31)) >> np.uint64(11)) / 2.0**53
+IRISES = palette("5a3420 2f78c0 3a8a55 4a4a5c")
+INK, WHITE, TONGUE, BLACK, DUSK = palette("260e17 ffffff f0606c 221f2e dec2b8").T.reshape(5, 3, 1, 1, 1)
 
 
 # Shapes are signed distances, negative inside. The chin is near y = 0.74, the scalp near y = -0.54, the ears
 # near x = -0.62 and 0.62. A union is a minimum, an intersection a maximum; abs(x) draws both sides at once.
-def disc(x, y, rx, ry=None):
-    ry = ry or rx
+def disc(x, y, rx, ry):
     # Half of k^2 - 1 has the slope of a distance at the rim, where it counts, and needs no square root.
     return ((x / rx) ** 2 + (y / ry) ** 2 - 1) * (0.5 * min(rx, ry))
 
@@ -162,152 +149,105 @@ def slab(x, y, width, height, corner):
 
 def stroke(x, y, width, bend, thick):
     """A pen line with round ends, which a positive bend lifts, as in a smile."""
-    slope = 2 * bend / width**2 * x
-    y = (y + bend * (x / width) ** 2 - bend / 2) / np.sqrt(1 + slope * slope)
-    return slab(x, y, width + thick, thick, thick)
+    return slab(x, y + bend * (x / width) ** 2 - bend / 2, width + thick, thick, thick)
 
 
 def head(x, y, grow=0.0):
-    a = (x / (0.62 + grow - 0.05 * y)) ** 2
-    b = ((y - 0.1) / (0.64 + grow)) ** 2
+    a, b = (x / (0.62 + grow - 0.05 * y)) ** 2, ((y - 0.1) / (0.64 + grow)) ** 2
     return (a + b - 0.3 * a * b - 1) * 0.31  # the product squares the cheeks a little
 
 
-def discs(x, y, *spots):
-    return np.minimum.reduce([disc(abs(x) - cx, y - cy, r) for cx, cy, r in spots])
+def draw_faces(indices, res):
+    """The faces numbered `indices`: images (n, res, res, 3) and multi-hot attributes (n, 8), both uint8.
 
-
-# A coarse canvas on which each shape is tried first, to find the rectangle it touches.
-GRID = np.linspace(-1.3, 1.3, 105, dtype=np.float32)
-
-
-def draw_chunk(indices, res):
-    """Painter's algorithm: one flat shape after another over all faces at once, back to front."""
-    n = len(indices)
-    dice = iter(uniforms(indices, 32).T)
-    everyone = np.ones(n, bool)
+    Painter's algorithm: one flat shape after another over all faces at once, back to front. What differs between
+    faces is an array (n, 1, 1), a colour (3, n, 1, 1), drawn from each face's index alone.
+    """
+    rolls = [np.random.default_rng(i).random(24, np.float32) for i in indices]
+    dice = iter(np.stack(rolls, 1)[..., None, None])
 
     def between(low, high):
-        return (low + (high - low) * next(dice)).astype(np.float32)[:, None, None]
+        return low + (high - low) * next(dice)
 
-    def pick(*odds):
-        return np.searchsorted(np.cumsum(odds) / np.sum(odds), next(dice), side="right")
-
-    def any_of(colours):
-        return colours[pick(*np.ones(len(colours)))]
+    def any_of(table):
+        return table[..., (next(dice) * table.shape[-1]).astype(int)]
 
     # Who is it?
-    skin_tone = pick(1, 1, 1, 1, 1, 1, 1)
-    hair_tone = pick(10, 10, 11, 10, 14, 14, 13, 6, 6, 6)
-    lost = (skin_tone > 3) & (hair_tone > 2) & (hair_tone < 6)
-    hair_tone[lost] = 6  # brown hair would be lost on brown skin
-    skin, hair = SKINS[skin_tone], HAIRS[hair_tone]
-    shade, shadow = skin * (0.87, 0.76, 0.72), hair * (0.88, 0.8, 0.8)
-    style = np.array(list(HAIR_STYLES))[pick(*HAIR_STYLES.values())]
-    mouth = np.array(list(MOUTHS))[pick(*MOUTHS.values())]
-    glasses, hat, gaze = pick(75, 14, 11), pick(78, 12, 10), pick(1, 2, 1) - 1
-    style[(hat > 0) & np.isin(style, ("mohawk", "bun", "buns"))] = "short"
-    beard = (pick(3, 1) > 0) & ~np.isin(style, ("bun", "buns", "bob", "long"))
-    backdrop, shirt, iris, frame, felt = map(any_of, (BACKDROPS, CLOTHES, IRISES, FRAMES, CLOTHES[:-1]))
+    skin, hair, iris, backdrop = any_of(SKINS), any_of(HAIRS), any_of(IRISES), any_of(BACKDROPS)
+    shirt, felt, frame = any_of(CLOTHES), any_of(CLOTHES[:, :-1]), any_of(FRAMES)  # no white hats
+    style, mouth, hat = any_of(STYLES), any_of(MOUTHS), any_of(HATS)
+    smile, grin, laugh, frown = (mouth == kind for kind in ("smile", "grin", "laugh", "frown"))
+    long, curly, falling = style == "long", style == "curly", np.isin(style, ("long", "bob"))
+    hatted, glasses = hat != "none", between(0, 1) < 0.25
+    beard = (between(0, 1) < 0.3) & ~falling & (style != "buns")
+    hair = np.where(abs(hair - skin).sum(0) < 90, BLACK, hair)  # brown hair would be lost on brown skin
+    shade, shadow = skin * DUSK / 255, hair * 0.85
 
     # Where is each pixel, seen from the face?
     tilt, size, aspect = between(-0.06, 0.06), between(1.06, 1.15), between(0.96, 1.04)
     ticks = (np.arange(res, dtype=np.float32) + 0.5) * (2 / res) - 1
-    px, py = ticks[None, None, :] - between(-0.05, 0.05), ticks[None, :, None] - between(-0.03, 0.03)
+    px, py = ticks - between(-0.05, 0.05), ticks[:, None] - between(-0.03, 0.03)
     x = (px * np.cos(tilt) + py * np.sin(tilt)) / (size * aspect)
     y = (py * np.cos(tilt) - px * np.sin(tilt)) / size
-    pixels = size * (res / 2)
-
-    canvas = np.empty((3, n, res, res), np.float32)
-    canvas[:] = backdrop.T[:, :, None, None]
+    sides, pixels = abs(x), size * (res / 2)
+    canvas = np.broadcast_to(backdrop, (3, len(indices), res, res)).copy()
 
     def paint(who, colour, shape):
-        """Lay a flat colour over the faces in `who`, visiting only the pixels the shape may reach."""
-        rows, cols = np.nonzero(shape(GRID[None, :], GRID[:, None]) < 0)
-        spans = [(GRID[[i.min(), i.max()]] + (0.75, 1.25)) * res / 2 + (-1, 2) for i in (rows, cols)]
-        rows, cols = (slice(*np.clip(span, 0, res).astype(int)) for span in spans)
-        who = slice(None) if who.all() else np.flatnonzero(who)
-        below = canvas[:, who, rows, cols]
-        cover = np.clip(0.5 - shape(x[who, rows, cols], y[who, rows, cols]) * pixels[who], 0, 1)
-        inks = np.broadcast_to(colour, (n, 3)).astype(np.float32).T[:, who, None, None]
-        canvas[:, who, rows, cols] = below + cover * (inks - below)
+        """Lays a flat colour over the inside of a shape, on the faces in `who`; edges are one pixel soft."""
+        cover = np.clip(0.5 - shape * pixels, 0, 1) * who
+        canvas[:] += cover * (colour - canvas)
 
     # Behind the head.
-    paint(style == "long", shadow, lambda x, y: slab(x, y - 0.27, 0.76, 0.88, 0.62))
-    paint(style == "bob", shadow, lambda x, y: slab(x, y - 0.02, 0.76, 0.66, 0.5))
-    paint(style == "curly", hair,
-          lambda x, y: discs(x, y, (0, -0.6, 0.25), (0.33, -0.54, 0.23), (0.56, -0.34, 0.22),
-                             (0.64, -0.04, 0.2), (0.63, 0.22, 0.17)))
-    paint(style == "bun", hair, lambda x, y: disc(x, y + 0.63, 0.22))
-    paint(style == "buns", hair, lambda x, y: disc(abs(x) - 0.5, y + 0.5, 0.22))
-    paint(everyone, shirt, lambda x, y: slab(x, y - 1.4, 0.8, 0.7, 0.4))
-    paint(everyone, shade, lambda x, y: disc(x, y - 0.68, 0.3, 0.2))
-    paint(~np.isin(style, ("long", "bob")), shade, lambda x, y: disc(abs(x) - 0.63, y - 0.12, 0.11, 0.13))
+    paint(falling, shadow, slab(x, y - 0.03 - 0.23 * long, 0.76, 0.65 + 0.23 * long, 0.55))
+    curls = head(x, y, 0.2) + 0.03 - 0.08 * abs(np.cos(8 * np.arctan2(x, y)))
+    paint(curly, hair, np.maximum(curls, y - 0.35))
+    paint(style == "buns", hair, disc(sides - 0.5, y + 0.5, 0.22, 0.22))
+    paint(True, shirt, slab(x, y - 1.4, 0.8, 0.7, 0.4))
+    paint(True, shade, disc(x, y - 0.68, 0.3, 0.2))
+    paint(~falling, shade, disc(sides - 0.63, y - 0.12, 0.11, 0.13))
 
     # The face.
-    paint(everyone, skin, head)
-    paint(everyone, skin * 0.65 + np.array((245, 75, 95)) * 0.35,
-          lambda x, y: disc(abs(x) - 0.43, y - 0.36, 0.1, 0.08))
-    paint(beard, hair, lambda x, y: np.maximum(np.maximum(head(x, y, 0.06), 0.1 - y),
-                                               -disc(x, y - 0.1, 0.6, 0.49)))
-    paint(glasses > 0, skin * 0.5 + 127, lambda x, y: slab(abs(x) - 0.27, y - 0.08, 0.25, 0.23, 0.2))
-    paint(everyone, WHITE, lambda x, y: disc(abs(x) - 0.25, y - 0.08, 0.18, 0.19))
-    for side in (-1, 0, 1):
-        look = 0.035 * side
-        paint(gaze == side, iris, lambda x, y: disc(abs(x - look) - 0.24, y - 0.09, 0.125, 0.135))
-        paint(gaze == side, PUPIL, lambda x, y: disc(abs(x - look) - 0.24, y - 0.09, 0.08))
-        paint(gaze == side, WHITE, lambda x, y: disc(abs(x - look + 0.05) - 0.24, y - 0.03, 0.045))
-    paint(everyone, shade, lambda x, y: disc(x, y - 0.28, 0.075, 0.06))
+    paint(True, skin, head(x, y))
+    paint(True, skin * 0.65 + TONGUE * 0.35, disc(sides - 0.43, y - 0.36, 0.1, 0.08))
+    paint(beard, hair, np.maximum(np.maximum(head(x, y, 0.06), 0.1 - y), -disc(x, y - 0.1, 0.6, 0.49)))
+    lenses = slab(sides - 0.28, y - 0.08, 0.25, 0.24, between(0.08, 0.24))
+    paint(glasses, skin * 0.5 + 127, lenses)
+    paint(True, WHITE, disc(sides - 0.25, y - 0.08, 0.18, 0.19))
+    gaze = between(-0.035, 0.035)
+    paint(True, iris, disc(abs(x - gaze) - 0.24, y - 0.09, 0.125, 0.135))
+    paint(True, INK, disc(abs(x - gaze) - 0.24, y - 0.09, 0.08, 0.08))
+    paint(True, WHITE, disc(abs(x - gaze + 0.05) - 0.24, y - 0.03, 0.045, 0.045))
+    paint(True, shade, disc(x, y - 0.28, 0.075, 0.06))
 
     # The mouth.
-    paint(mouth == "tongue", TONGUE, lambda x, y: slab(x - 0.06, y - 0.59, 0.11, 0.12, 0.1))
-    paint(np.isin(mouth, ("smile", "tongue")), INK, lambda x, y: stroke(x, y - 0.48, 0.21, 0.12, 0.048))
-    paint(mouth == "flat", INK, lambda x, y: stroke(x, y - 0.48, 0.14, 0, 0.048))
-    paint(mouth == "frown", INK, lambda x, y: stroke(x, y - 0.48, 0.14, -0.07, 0.048))
-    paint(mouth == "round", INK, lambda x, y: disc(x, y - 0.49, 0.1, 0.11))
-    paint(np.isin(mouth, ("grin", "laugh")), INK,
-          lambda x, y: np.maximum(disc(x, y - 0.4, 0.26, 0.24), 0.4 - y))
-    paint(mouth == "grin", WHITE, lambda x, y: np.maximum(disc(x, y - 0.4, 0.22, 0.2), 0.43 - y))
-    paint(mouth == "laugh", TONGUE, lambda x, y: np.maximum(disc(x, y - 0.4, 0.26, 0.24),
-                                                            disc(x, y - 0.62, 0.16, 0.11)))
+    lips = stroke(x, y - 0.48, 0.14 + 0.07 * smile, 0.12 * smile - 0.07 * frown, 0.048)
+    paint(smile | frown | (mouth == "flat"), INK, lips)
+    paint(mouth == "round", INK, disc(x, y - 0.49, 0.1, 0.11))
+    bowl = np.maximum(disc(x, y - 0.4, 0.26, 0.24), 0.4 - y)
+    paint(grin | laugh, INK, bowl)
+    paint(grin, WHITE, bowl + 0.035)
+    paint(laugh, TONGUE, np.maximum(bowl, disc(x, y - 0.62, 0.16, 0.11)))
 
     # Hair in front, which stops above the eyes.
-    paint(np.isin(style, ("short", "bun", "buns")), hair,
-          lambda x, y: np.maximum(head(x, y, 0.06), y + 0.34 - 0.95 * x * x))
-    paint(style == "swept", hair, lambda x, y: np.maximum(np.maximum(head(x, y, 0.08), y - 0.02),
-                                                          -disc(x - 0.12, y - 0.3, 0.7, 0.62)))
-    paint(style == "mohawk", hair, lambda x, y: slab(x, y + 0.54, 0.19, 0.32, 0.18))
-    paint(style == "bob", hair, lambda x, y: np.maximum(head(x, y, 0.08), np.minimum(y + 0.2, 0.52 - abs(x))))
-    paint(style == "long", hair, lambda x, y: np.maximum(head(x, y, 0.08), y + 0.44 - 1.3 * x * x))
-    paint(style == "curly", hair,
-          lambda x, y: discs(x, y, (0, -0.42, 0.2), (0.3, -0.38, 0.2), (0.54, -0.2, 0.15)))
-    paint(everyone, np.minimum(shadow, shade * 0.85),
-          lambda x, y: stroke(abs(x) - 0.26, y + 0.17, 0.1, -0.04, 0.037))
+    fringe = y + 0.38 - 1.1 * (x - between(-0.15, 0.15)) ** 2
+    paint(np.isin(style, ("short", "buns", "long")), hair, np.maximum(head(x, y, 0.07), fringe))
+    paint(style == "bob", hair, np.maximum(head(x, y, 0.07), np.minimum(y + 0.2, 0.52 - sides)))
+    paint(style == "mohawk", hair, slab(x, y + 0.54, 0.19, 0.32, 0.18))
+    paint(curly, hair, np.maximum(curls, y + 0.3 - 0.5 * x * x - 0.06 * abs(np.cos(9 * x))))
+    paint(True, np.minimum(shadow, shade * 0.85), stroke(sides - 0.26, y + 0.17, 0.1, -0.04, 0.037))
 
     # What they wear.
-    paint(glasses == 1, frame, lambda x, y: abs(disc(abs(x) - 0.27, y - 0.08, 0.25)) - 0.037)
-    paint(glasses == 2, frame, lambda x, y: abs(slab(abs(x) - 0.28, y - 0.08, 0.25, 0.23, 0.08)) - 0.037)
-    paint(hat > 0, backdrop, lambda x, y: y + 0.52 - 0.6 * x * x)  # or hair would stick out above
-    paint(hat == 1, felt, lambda x, y: np.maximum(head(x, y, 0.1), y + 0.3))
-    paint(hat == 1, felt * 0.5 + 127, lambda x, y: np.minimum(slab(x, y + 0.3, 0.68, 0.1, 0.09),
-                                                              disc(x, y + 0.64, 0.15)))
-    paint(hat == 2, felt, lambda x, y: np.minimum(slab(x, y + 0.54, 0.48, 0.3, 0.16),
-                                                  slab(x, y + 0.3, 0.82, 0.085, 0.08)))
-    paint(hat == 2, felt * 0.6, lambda x, y: slab(x, y + 0.43, 0.48, 0.06, 0.05))
+    paint(glasses, frame, abs(lenses) - 0.037)
+    paint(hatted, backdrop, y + 0.52 - 0.6 * x * x)  # or hair would stick out above
+    knitted, bobble = hat == "beanie", disc(x, y + 0.64, 0.15, 0.15)
+    paint(hatted, felt, np.where(knitted, np.maximum(head(x, y, 0.1), y + 0.3), slab(x, y + 0.54, 0.48, 0.3, 0.16)))
+    paint(knitted, felt * 0.5 + 127, np.minimum(slab(x, y + 0.3, 0.68, 0.1, 0.09), bobble))
+    paint(hat == "brim", felt * 0.6, slab(x, y + 0.3, 0.82, 0.085, 0.08))
 
-    smiling = np.isin(mouth, ("smile", "grin", "laugh", "tongue"))
-    open_mouth = np.isin(mouth, ("grin", "laugh", "round"))
-    blond = (hair_tone < 2) & ((style != "bald") | beard)
-    attributes = (smiling, open_mouth, glasses > 0, hat > 0, beard, style == "long", style == "curly", blond)
-    return (canvas.transpose(1, 2, 3, 0) + 0.5).astype(np.uint8), np.stack(attributes, 1).astype(np.uint8)
-
-
-def draw_faces(indices, res):
-    """The faces numbered `indices`: images (n, res, res, 3) and multi-hot attributes (n, 8), both uint8."""
-    indices = np.asarray(indices)
-    step = max(1, 2**17 // res**2)  # small enough to stay in cache
-    parts = [draw_chunk(indices[i:i + step], res) for i in range(0, len(indices), step)]
-    return tuple(np.concatenate(part) for part in zip(*parts))
+    blond = (hair[1] > 190) & (hair[2] < 100) & ((style != "bald") | beard)
+    opened = grin | laugh | (mouth == "round")
+    labels = smile | grin | laugh, opened, glasses, hatted, beard, long, curly, blond
+    return (canvas.transpose(1, 2, 3, 0) + 0.5).astype(np.uint8), np.hstack(labels)[..., 0].astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -317,58 +257,44 @@ def draw_faces(indices, res):
 def find_celeba(root):
     """The first of CelebA's usual shapes found under root: the aligned zip, its folder, or a CelebA-HQ folder."""
     shapes = ("img_align_celeba.zip", "img_align_celeba", "celeba_hq_256", "celeba_hq", "CelebA-HQ-img", "celebahq")
-    places = [root / sub / shape for sub in ("", "celeba", "CelebA", "CelebAMask-HQ") for shape in shapes]
-    for place in places:
+    for place in [root / sub / shape for sub in ("", "celeba", "CelebAMask-HQ") for shape in shapes]:
         if place.exists():
             return place
-    if root.is_dir() and any(p.suffix.lower() in ENDINGS for p in root.iterdir()):
-        return root
-    refuse(
-        f"CelebA is not there: looked in {root}/ for {', '.join(shapes[:3])} and the like. Get img_align_celeba.zip "
-        f"(1.3 GB) from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, put it into {root}/ as it is, and run "
-        f"this again (or name its folder: --root DIR)"
-    )
+    refuse(f"CelebA is not there: looked in {root}/ for {', '.join(shapes[:3])} and the like. Get {shapes[0]} "
+           f"(1.3 GB) from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, put it into {root}/ as it is, and run "
+           f"this again (or name the folder it lies in: --root DIR)")
 
 
-def celeba_attributes(source, names):
-    """CelebA's 40 attributes, if list_attr_celeba.txt lies beside the pictures: ({file name: multi-hot}, names)."""
-    for place in (source.parent, source, source.parent.parent):
-        if (place / "list_attr_celeba.txt").is_file():
-            lines = (place / "list_attr_celeba.txt").read_text().splitlines()
-            attributes = lines[1].split()
-            table = {row[0]: np.array(row[1:]) == "1" for row in map(str.split, lines[2:]) if row}
-            lost = [n for n in names if len(table.get(n.rpartition("/")[2], ())) != len(attributes)]
-            if lost:
-                refuse(f"{place / 'list_attr_celeba.txt'} says nothing of {lost[0]} (and {len(lost) - 1} others): get "
-                       f"the whole file, or move it away to train without attributes")
-            return {n: table[n.rpartition("/")[2]].astype(np.uint8) for n in names}, attributes
-    return None, None
+def celeba_attributes(table, names):
+    """CelebA's 40 attributes from its list_attr_celeba.txt: multi-hot (N, 40) uint8, and what they are called."""
+    _, attributes, *lines = table.read_text().strip().splitlines()
+    rows = {file: values for file, *values in map(str.split, lines)}
+    files = [name.rpartition("/")[2] for name in names]
+    lost = [file for file in files if len(rows.get(file, ())) != len(attributes.split())]
+    if lost:
+        refuse(f"{table} says nothing of {lost[0]} (and {len(lost) - 1} others): get the whole file, or move it away "
+               f"to train without attributes")
+    return (np.array([rows[file] for file in files]) == "1").astype(np.uint8), attributes.split()
 
 
-def list_pictures(source):
-    """Names of the pictures in a folder or zip, sorted; for a folder of sub-folders, those are the labels."""
-    if source.is_dir():
-        names = [p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()]
+def list_pictures(place):
+    """Names of the pictures in a folder or zip, sorted."""
+    if place.is_dir():
+        names = [p.relative_to(place).as_posix() for p in place.rglob("*")]
+    elif zipfile.is_zipfile(place):
+        names = zipfile.ZipFile(place).namelist()
     else:
-        try:
-            names = zipfile.ZipFile(source).namelist()
-        except (zipfile.BadZipFile, OSError) as error:
-            refuse(f"{source} is neither a folder nor a readable zip of pictures ({error})")
-    # not macOS's hidden twins, ._1.jpg and __MACOSX/1.jpg
+        refuse(f"no dataset {place}: neither a folder or zip of pictures nor one of {', '.join(PICTURES + POINTS)}")
+    # not macOS's hidden twins, ._1.jpg and __MACOSX/._1.jpg
     names = sorted(n for n in names if n.lower().endswith(ENDINGS) and not n.split("/")[-1].startswith("._"))
     if not names:
-        refuse(f"no pictures in {source}: looked for {' '.join(ENDINGS)}")
+        refuse(f"no pictures in {place}: looked for {' '.join(ENDINGS)}")
     return names
 
 
 def stem(name):
     """A dataset's short name: pets for ../pets.zip."""
     return Path(name).resolve().stem
-
-
-def folder_of(name):
-    """The label of a picture: the folder it lies in."""
-    return name.rpartition("/")[0]
 
 
 def read_picture(file, res):
@@ -388,220 +314,144 @@ def read_picture(file, res):
 # ---------------------------------------------------------------------------------------------------------------
 # MNIST, Fashion-MNIST and CIFAR-10, from the files their authors publish
 
-IDX = {"train-images-idx3-ubyte": (60_000, 28, 28), "train-labels-idx1-ubyte": (60_000,),
-       "t10k-images-idx3-ubyte": (10_000, 28, 28), "t10k-labels-idx1-ubyte": (10_000,)}
-BATCHES = {f"{b}.bin": (10_000, 3073) for b in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]}
+# What the archives hold, with sizes in bytes. MNIST: a header, then the values. CIFAR-10: rows of a label and the
+# red, the green and the blue plane.
+IDX = {"train-images-idx3-ubyte": 16 + 60_000 * 784, "train-labels-idx1-ubyte": 8 + 60_000,
+       "t10k-images-idx3-ubyte": 16 + 10_000 * 784, "t10k-labels-idx1-ubyte": 8 + 10_000}
+ROWS = {f"{name}.bin": 10_000 * 3073 for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]}
 
-# files: {as downloaded: (its MD5 as published, {part inside: shape of its bytes})}. MNIST and Fashion-MNIST name
-# their files alike; how the training labels begin tells them apart.
-OFFICIAL = {
+
+def zipped(checksums):
+    return dict(zip((f"{part}.gz" for part in IDX), checksums.split()))
+
+
+OFFICIAL = {  # files: what is published, with its MD5
     "mnist": dict(
-        n=70_000, res=28, channels=1, label_names=list("0123456789"),
-        begins=bytes([5, 0, 4, 1, 9, 2, 1, 3, 1, 4]),
-        url="https://ossci-datasets.s3.amazonaws.com/mnist/", size="12 MB", folder="MNIST/raw",
-        files={f"{part}.gz": (md5, {part: shape}) for (part, shape), md5 in zip(IDX.items(), (
-            "f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
-            "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"))},
-    ),
+        n=70_000, res=28, channels=1, parts=IDX, url="https://ossci-datasets.s3.amazonaws.com/mnist/",
+        label_names=list("0123456789"),
+        files=zipped("f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
+                     "9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c")),
     "fashion": dict(
-        n=70_000, res=28, channels=1,
+        n=70_000, res=28, channels=1, parts=IDX, url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         label_names="T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
-        begins=bytes([9, 0, 0, 3, 0, 2, 7, 2, 5, 5]),
-        url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", size="31 MB", folder="FashionMNIST/raw",
-        files={f"{part}.gz": (md5, {part: shape}) for (part, shape), md5 in zip(IDX.items(), (
-            "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
-            "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"))},
-    ),
+        files=zipped("8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe "
+                     "bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310")),
     "cifar10": dict(
-        n=60_000, res=32, channels=3,
+        n=60_000, res=32, channels=3, parts=ROWS, url="https://www.cs.toronto.edu/~kriz/",
         label_names="airplane automobile bird cat deer dog frog horse ship truck".split(),
-        url="https://www.cs.toronto.edu/~kriz/", size="170 MB", folder="cifar-10-batches-bin",
-        files={"cifar-10-binary.tar.gz": ("c32a1d4ab5d03f1284b67883e8d87530", BATCHES)},
-    ),
+        files={"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
 }
-AGAIN = "delete it and run the same command with --download"
 
 
 def look(name, root):
-    """For each folder a dataset's files may lie in: (folder, the paths found there, the downloads missing there).
+    """The paths of a dataset's files in root/NAME/ or below, unpacked or else as published, and what is missing.
 
-    A folder must hold all of them, else MNIST's labels might end up beside Fashion-MNIST's pictures.
+    Nowhere else, because MNIST and Fashion-MNIST call their files alike.
     """
-    usual = OFFICIAL[name]["folder"]
-    for folder in (root / name, root / usual, root / name / usual, root):
-        found, missing = [], []
-        for file, (_, parts) in OFFICIAL[name]["files"].items():
-            unpacked = [folder / part for part in parts]
-            if all(p.is_file() for p in unpacked):
-                found += unpacked
-            elif (folder / file).is_file():
-                found.append(folder / file)
-            else:
-                missing.append(file)
-        yield folder, found, missing
+    for wanted in (OFFICIAL[name]["parts"], OFFICIAL[name]["files"]):
+        found = {file: next((root / name).rglob(file), None) for file in wanted}
+        if all(found.values()):
+            break
+    return list(found.values()), [file for file, path in found.items() if not path]
 
 
-def find_official(name, root):
-    """The paths of a dataset's files, packed or unpacked."""
-    places = list(look(name, root))
-    _, found, missing = min(places, key=lambda place: len(place[2]))
-    if missing:
-        refuse(
-            f"{name} is not there: no {', '.join(missing)} (or unpacked) in "
-            f"{', '.join(f'{folder}/' for folder, _, _ in places)}. Run the same command with --download "
-            f"({OFFICIAL[name]['size']}), or get each as {OFFICIAL[name]['url']}NAME, into {root / name}/"
-        )
-    return found
-
-
-def read_official(name, root):
-    """(path, array) of every part in the table's order, each checked to be whole and what the table says."""
-    contents = {}
-    for path in find_official(name, root):
-        try:
-            if path.name.endswith(".tar.gz"):
-                with tarfile.open(path, "r:gz") as tar:  # in its own order: going back is decompressing again
-                    for member in filter(tarfile.TarInfo.isfile, tar):
-                        contents[Path(member.name).name] = path, tar.extractfile(member).read()
-            else:
-                with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                    contents[path.name.removesuffix(".gz")] = path, file.read()
-        except (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError) as error:
-            refuse(f"{path} cannot be read ({error}); {AGAIN}")
-    for _, parts in OFFICIAL[name]["files"].values():
-        for part, shape in parts.items():
-            path, content = contents.get(part, (path, b""))  # an archive may lack one
-            start = b""
-            if "-idx" in part:  # a magic number and the sizes, big-endian, stand before the values
-                start = np.array([0x800 + len(shape), *shape], ">u4").tobytes()
-            size = len(start) + math.prod(shape)
-            if part == "train-labels-idx1-ubyte":
-                start += OFFICIAL[name]["begins"]
-            if len(content) != size:
-                refuse(f"{path} is cut short or wrong: {part} has {len(content):,} bytes, not {size:,}; {AGAIN}")
-            if not content.startswith(start):
-                begins = content[:len(start)].hex()
-                refuse(f"{path} is not {name}'s {part}: it begins {begins}, not {start.hex()}; {AGAIN}")
-            yield path, np.frombuffer(content, np.uint8)[-math.prod(shape):].reshape(shape)
-
-
-def stream_official(name, root, res):
+def stream_official(name, paths, res):
     """Yields (picture (res, res, C) uint8, label) of all OFFICIAL[name]["n"], training files first."""
-    parts = list(read_official(name, root))
-    if name == "cifar10":  # in each row a label, then the red, the green and the blue plane
-        pairs = [(path, rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0])
-                 for path, rows in parts]
+    about, parts = OFFICIAL[name], []
+    for path in paths:
+        content = path.read_bytes()
+        if (about["files"] | about["parts"])[path.name] not in (len(content), hashlib.md5(content).hexdigest()):
+            refuse(f"{path} is cut short, damaged or not {name}'s; delete it and run the same command with --download")
+        if path.name.endswith(".tar.gz"):
+            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+                inside = {Path(entry.name).name: tar.extractfile(entry).read() for entry in tar if entry.isfile()}
+            parts += [inside[part] for part in about["parts"]]
+        else:
+            parts.append(gzip.decompress(content) if path.suffix == ".gz" else content)
+    if name == "cifar10":
+        rows = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
+        images, labels = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
     else:
-        pairs = [(path, images[..., None], labels) for (_, images), (path, labels) in zip(parts[::2], parts[1::2])]
-    for path, images, labels in pairs:
-        if labels.max() > 9:
-            refuse(f"{path} is not {name}'s: there is a label {labels.max()}; {AGAIN}")
-        for pixels, label in zip(images, labels.tolist()):
-            if res != len(pixels):
-                pixels = np.asarray(picture(pixels).resize((res, res), Image.Resampling.LANCZOS))
-            yield pixels.reshape(res, res, -1), label
+        images = np.frombuffer(parts[0][16:] + parts[2][16:], np.uint8).reshape(-1, 28, 28, 1)
+        labels = np.frombuffer(parts[1][8:] + parts[3][8:], np.uint8)
+    for pixels, label in zip(images, labels.tolist()):
+        yield np.asarray(picture(pixels).resize((res, res), Image.Resampling.LANCZOS)).reshape(res, res, -1), label
 
 
 def download(name, root):
     """Fetches what is missing into root/name. Only one process may: rank 0."""
-    if all(missing for _, _, missing in look(name, root)):
-        folder, _, missing = next(look(name, root))
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in missing:
-            fetch(OFFICIAL[name]["url"] + file, folder / file, OFFICIAL[name]["files"][file][0])
+    (root / name).mkdir(parents=True, exist_ok=True)
+    for file in look(name, root)[1]:
+        fetch(OFFICIAL[name]["url"] + file, root / name / file, OFFICIAL[name]["files"][file])
 
 
 def fetch(url, path, md5):
     """Downloads into PATH.part, going on where an earlier run stopped; the name changes when the MD5 is right."""
-    part = path.with_name(path.name + ".part")
-    had = got = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={had}-"} if had else {})
     print(f"downloading {url} to {path}", flush=True)
+    part = path.with_name(path.name + ".part")
+    part.touch()
+    request = Request(url, headers={"Range": f"bytes={part.stat().st_size}-"})
+    advice = f"Run the same command again, or put the file into {path.parent}/ by hand"
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer, open(part, "ab" if had else "wb") as file:
-            if answer.status != 206:  # the server sends all of it, asked or not
-                file.truncate(0)
-                had = got = 0
-            total = had + int(answer.headers.get("Content-Length") or 0)
-            began = shown = time.time()
-            while block := answer.read1(2**16):  # read would wait for a full block
-                got += file.write(block)
-                if time.time() - shown > 3 or got == total:
-                    shown, rate = time.time(), (got - had) / max(time.time() - began, 1e-3)
-                    print(f"  {got / 1e6:,.1f}/{total / 1e6:,.1f} MB  {rate / 1e6:.2f} MB/s  "
-                          f"ETA {max(0, total - got) / rate:.0f} s", flush=True)
-        if got < total:
-            raise ConnectionError(f"the connection closed after {got:,} of {total:,} bytes")
-    except (OSError, http.client.HTTPException) as error:
+        # 206 is the rest, as asked for; else the server sends all of it
+        with urlopen(request, timeout=30) as answer, open(part, "ab" if answer.status == 206 else "wb") as file:
+            total = file.tell() + int(answer.headers["Content-Length"] or 0)
+            while block := answer.read(2**21):
+                file.write(block)
+                print(f"  {file.tell() / 1e6:,.1f} of {total / 1e6:,.1f} MB", flush=True)
+            if file.tell() < total:
+                raise ConnectionError(f"the connection closed after {file.tell():,} of {total:,} bytes")
+    except Exception as error:  # no server, no such file, nonsense, silence
         if getattr(error, "code", None) != 416:  # 416: nothing is missing, an earlier run stopped at the very end
-            refuse(f"could not download {url}: {str(error).strip()}. Run the same command again to go on, or "
-                   f"put the file into {path.parent}/ by hand", status=1)
+            refuse(f"could not download {url}: {str(error).strip()}. {advice}", status=1)
     if hashlib.md5(part.read_bytes()).hexdigest() != md5:
         part.unlink()
-        refuse(f"what {url} sent is not the published file (its MD5 is not {md5}) and was deleted. Run the same "
-               f"command again, or put the file into {path.parent}/ by hand", status=1)
+        refuse(f"what {url} sent is not the published file (its MD5 is not {md5}) and was deleted. {advice}", status=1)
     part.rename(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Packing. Both streams below yield (picture, label) per sample, or (None, reason) where there is no picture.
+# Packing. All streams yield (picture, label) per sample, or (None, reason) where there is no picture.
 
 
 def stream_faces(res):
-    for chunk in np.array_split(np.arange(FACES), math.ceil(FACES / 256)):
-        yield from zip(*draw_faces(chunk, res))  # no threads: many small numpy calls only wait for each other
+    step = max(1, 2**16 // res**2)  # small enough to stay in cache, and so faster than threads
+    for i in range(0, FACES, step):
+        yield from zip(*draw_faces(range(i, min(i + step, FACES)), res))
 
 
-def stream_files(source, label_of, res):
+def stream_files(place, names, labels, res):
     """Decodes in parallel (Pillow releases the GIL), in pieces, so that pictures do not pile up in memory."""
-    archive = None if source.is_dir() else zipfile.ZipFile(source)
+    read = (lambda name: (place / name).read_bytes()) if place.is_dir() else zipfile.ZipFile(place).read
 
-    def decode(name):
+    def decode(name, label):
         try:
-            file = source / name if archive is None else io.BytesIO(archive.read(name))
-            return read_picture(file, res), label_of[name]
+            return read_picture(io.BytesIO(read(name)), res), label
         except Exception as error:  # whatever a broken file makes a decoder raise: it is skipped, and named
             return None, f"{name} ({type(error).__name__}: {error})"
 
-    names = list(label_of)
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(names), 512):
-            yield from pool.map(decode, names[i : i + 512])
+            yield from pool.map(decode, names[i : i + 512], labels[i : i + 512])
 
 
-def write_pack(folder, stream, shape, label_names):
-    """Writes images.npy of the given shape (n, res, res, C), labels.npy and about.json into folder.
-
-    Pictures are appended, not written through a memory map: there a full disk kills the process, here it is an
-    ordinary error.
-    """
-
-    def header(count):  # numpy leaves room in it for a longer count, so it can be written again in place
-        return {"descr": "|u1", "fortran_order": False, "shape": (count, *shape[1:])}
-
-    n = shape[0]
-    labels, skipped, began, shown = [], [], time.time(), time.time()
-    with open(folder / "images.npy", "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header(n))
-        for i, (picture, label) in enumerate(stream, 1):
-            if picture is None:
+def write_pack(folder, stream, n):
+    """Writes `images`, raw bytes of one picture after another, and labels.npy into folder, from a stream of n."""
+    labels, skipped, began = [], [], time.time()
+    with open(folder / "images", "wb") as file:  # no memory map: there a full disk kills, here it is an error
+        for i, (pixels, label) in enumerate(stream, 1):
+            if pixels is None:
                 skipped.append(label)
             else:
-                file.write(picture.tobytes())
+                file.write(pixels.tobytes())
                 labels.append(label)
-            if time.time() - shown > 5 or i == n:
-                shown, rate = time.time(), i / (time.time() - began)
-                print(f"  {i:,}/{n:,}  {rate:,.0f} pictures/s  ETA {(n - i) / rate:.0f} s", flush=True)
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, header(len(labels)))
-        file.flush()
-        os.fsync(file.fileno())
+            if i % 2000 == 0 or i == n:
+                print(f"  {i:,} of {n:,}  {i / (time.time() - began):,.0f} pictures/s", flush=True)
     if skipped:
         print(f"skipped {len(skipped):,} of {n:,} that could not be decoded:", *skipped[:10], sep="\n  ")
     if not labels:
         refuse(f"none of the {n:,} pictures could be decoded")
     np.save(folder / "labels.npy", np.array(labels))
-    (folder / "about.json").write_text(json.dumps({"label_names": label_names, "skipped": len(skipped)}))
 
 
 def channels(name):
@@ -615,54 +465,41 @@ def load(name, root="data", res=32):
     """
     root = Path(root)
     if name in OFFICIAL:
-        n, label_names = OFFICIAL[name]["n"], OFFICIAL[name]["label_names"]
-        files = find_official(name, root)
-        identity = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        stream = stream_official(name, root, res)
+        about, (sources, missing) = OFFICIAL[name], look(name, root)
+        if missing:
+            refuse(f"{name} is not there: no {', '.join(missing)} (or unpacked) in {root / name}/. Run the same "
+                   f"command with --download, or get each as {about['url']}NAME, into that folder")
+        n, label_names, stream = about["n"], about["label_names"], stream_official(name, sources, res)
     elif name == "faces":
-        n, label_names = FACES, FACE_ATTRIBUTES
-        identity = [Path(__file__).read_text()]  # whoever changes the drawing sees the change
-        stream = stream_faces(res)
+        n, label_names, stream = FACES, list(FACE_ATTRIBUTES), stream_faces(res)
+        sources = [Path(__file__)]  # whoever changes the drawing sees the change
     else:
-        source = find_celeba(root) if name == "celeba" else Path(name)
-        if not source.exists():
-            refuse(f"no dataset {name}: neither a folder or zip that exists nor one of {', '.join(PICTURES + POINTS)}")
-        names = list_pictures(source)
-        label_of, label_names = celeba_attributes(source, names) if name == "celeba" else (None, None)
-        if label_of is None:
-            label_names = sorted({folder_of(p) for p in names})
-            label_of = {p: label_names.index(folder_of(p)) for p in names}
-        n = len(names)
-        stats = [os.stat(source / p) for p in names] if source.is_dir() else [os.stat(source)]
-        identity = [str(source.resolve()), names, label_names, [(s.st_size, s.st_mtime_ns) for s in stats]]
-        stream = stream_files(source, label_of, res)
-    digest = hashlib.sha256(json.dumps([identity, n, res]).encode()).hexdigest()[:12]
+        place = find_celeba(root) if name == "celeba" else Path(name)
+        names = list_pictures(place)
+        n, sources = len(names), [place / p for p in names] if place.is_dir() else [place]
+        table = place.parent / "list_attr_celeba.txt"
+        if name == "celeba" and table.exists():
+            labels, label_names = celeba_attributes(table, names)
+            sources.append(table)
+        else:
+            label_names, labels = np.unique([p.rpartition("/")[0] for p in names], return_inverse=True)
+            label_names = label_names.tolist()
+        stream = stream_files(place, names, labels, res)
+    identity = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
+    digest = hashlib.sha256(repr((identity, n, res)).encode()).hexdigest()[:12]
     pack = root / "cache" / f"{stem(name)}-{res}-{digest}"
     if not pack.exists():
-        for stale in pack.parent.glob(f"{pack.name}.part-*"):  # of processes that were killed
-            if not Path(f"/proc/{stale.name.rpartition('-')[2]}").exists() and Path("/proc/self").exists():
-                shutil.rmtree(stale, ignore_errors=True)
-        part = pack.with_name(f"{pack.name}.part-{os.getpid()}")
-        try:
-            part.mkdir(parents=True)
-            shape = (n, res, res, channels(name))
-            need, free = math.prod(shape), shutil.disk_usage(part).free
-            if need > free:
-                refuse(f"{n:,} pictures at {res}x{res} take {need / 1e9:.1f} GB in {pack.parent}, where only "
-                       f"{free / 1e9:.1f} GB are free; make room, or name a larger place: --root DIR")
-            print(f"packing {n:,} pictures of {name} at {res}x{res} into {pack}", flush=True)
-            write_pack(part, stream, shape, label_names)
-            part.rename(pack)  # complete or not there at all
-        except OSError as error:
+        size = n * res * res * channels(name) / 1e9
+        print(f"packing {n:,} pictures of {name} at {res}x{res} into {pack} ({size:.1f} GB)", flush=True)
+        pack.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="part-", dir=pack.parent) as folder:  # which goes, whatever happens
+            part = Path(folder, "part")
+            part.mkdir()
+            write_pack(part, stream, n)
             if not pack.exists():  # else another process was faster, which is as well
-                refuse(f"could not pack into {part}: {error}", status=1)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    label_names = json.loads((pack / "about.json").read_text())["label_names"]
-    try:
-        return np.load(pack / "images.npy", mmap_mode="r"), np.load(pack / "labels.npy"), label_names
-    except (ValueError, EOFError) as error:
-        refuse(f"{pack} is damaged ({error}); delete it, and it is packed again")
+                part.rename(pack)
+    images = np.memmap(pack / "images", mode="r").reshape(-1, res, res, channels(name))
+    return images, np.load(pack / "labels.npy"), label_names
 
 
 @functools.lru_cache(maxsize=4)
@@ -675,16 +512,16 @@ def split(n):
 
 def choose_labels(labels, label_names, cond):
     """The labels to learn and their names. cond: "all", or some attributes by name, comma-separated."""
-    if labels.ndim == 1 or cond == "all":
-        if cond != "all" or len(label_names) < 2:
-            refuse(f"--cond {cond}: the labels of this dataset are {', '.join(label_names) or 'none'}; use --cond all"
-                   if len(label_names) > 1 else f"--cond {cond}: this dataset has no labels to learn")
+    if len(label_names) < 2:
+        refuse(f"--cond {cond}: this dataset has no labels to learn")
+    if cond == "all":
         return labels, label_names
-    for name in cond.split(","):
-        if name not in label_names:
-            near = difflib.get_close_matches(name, label_names, 3, 0) or label_names
-            refuse(f"--cond {name}: no such attribute; the nearest are {', '.join(near)}")
-    return labels[:, [label_names.index(name) for name in cond.split(",")]], cond.split(",")
+    chosen = cond.split(",")
+    wrong = [name for name in chosen if name not in label_names or labels.ndim == 1]
+    if wrong:
+        others = f", or some of {', '.join(label_names)}" if labels.ndim > 1 else ""
+        refuse(f"--cond {wrong[0]}: no attribute of this dataset; ask for all{others}")
+    return labels[:, [label_names.index(name) for name in chosen]], chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -712,8 +549,8 @@ def picture(pixels):
 def grid(pixels, columns=None):
     """uint8 (n, H, W, C) as one PIL image, as square as it goes; small pictures are enlarged to be seen."""
     n, H, W, C = pixels.shape
-    columns = min(n, columns or math.ceil(math.sqrt(n)))
-    rows = math.ceil(n / columns)
+    columns = min(n, columns or int(np.ceil(np.sqrt(n))))
+    rows = -(-n // columns)
     gap = max(1, H // 16)
     sheet = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap, C), 255, np.uint8)
     for i, p in enumerate(pixels):
@@ -725,12 +562,10 @@ def grid(pixels, columns=None):
 
 def scatter(p, limit=6.0, size=480):
     """Points (n, 2) as a PIL image of the square [-limit, limit]^2, each a translucent dot."""
-    fine = 2 * size  # drawn at twice the size, then averaged down: smooth dots without an anti-aliasing library
-    im = Image.new("RGB", (fine, fine), "white")
+    im = Image.new("RGB", (2 * size, 2 * size), "white")  # averaged down at the end, which smooths the dots
     draw = ImageDraw.Draw(im, "RGBA")
-    for x, y in (p + limit) / (2 * limit) * fine:
-        if abs(x) < 2 * fine and abs(y) < 2 * fine:  # not drawn if far outside, infinite or NaN
-            draw.circle((x, fine - y), 4, (40, 70, 160, 110))
+    for x, y in p[np.abs(p).max(1) < 2 * limit] / limit * size:  # not far outside, infinite or NaN
+        draw.circle((size + x, size - y), 4, (40, 70, 160, 110))
     return im.reduce(2)
 
 
@@ -741,57 +576,51 @@ def save_gif(path, frames, seconds=3.0):
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def plot(curves, xlabel, size=(720, 420)):
+def plot(curves, xlabel):
     """Line plot with a logarithmic y axis as a PIL image. curves: {name: (list of x, list of y)}, y > 0."""
-    W, H = 2 * size[0], 2 * size[1]
-    left, right, top, bottom = 120, 30, 30, 90
+    W, H, left, bottom, edge = 1440, 840, 120, 90, 30  # drawn at twice the size, too
     im = Image.new("RGB", (W, H), "white")
     draw, font = ImageDraw.Draw(im), ImageFont.load_default(24)
-    xs = [x for x, _ in curves.values() for x in x]
-    ys = [math.log10(y) for _, y in curves.values() for y in y]
-    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(ys) - 0.02, max(ys) + 0.02
+    lines = {name: np.stack([x, np.log10(y)], 1) for name, (x, y) in curves.items()}  # (n, 2) each
+    all_points = np.concatenate(list(lines.values()))
+    low, high = all_points.min(0) - (0, 0.02), all_points.max(0) + (1e-6, 0.02)
 
-    def place(x, y):
-        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
-        return left + across * (W - left - right), H - bottom - up * (H - top - bottom)
+    def place(p):
+        return (p - low) / (high - low) * (W - left - edge, bottom + edge - H) + (left, H - bottom)
 
     for i in range(6):
-        x, y = x0 + i / 5 * (x1 - x0), y0 + i / 5 * (y1 - y0)
-        draw.line([place(x0, y), place(x1, y)], "#dddddd", 2)
-        draw.text((left - 12, place(x0, y)[1]), f"{10**y:.3g}", "#444444", font, anchor="rm")
-        draw.text((place(x, y0)[0], H - bottom + 12), f"{x:,.0f}", "#444444", font, anchor="mt")
-    draw.text((W / 2, H - 12), xlabel, "#444444", font, anchor="mb")
-    for i, (name, (x, y)) in enumerate(curves.items()):
+        tick = low + i / 5 * (high - low)
+        x, y = place(tick)
+        draw.line([left, y, W - edge, y], "#dddddd", 2)
+        draw.text((left - 12, y), f"{10 ** tick[1]:.3g}", "#444444", font, "rm")
+        draw.text((x, H - bottom + 12), f"{tick[0]:,.0f}", "#444444", font, "mt")
+    draw.text((W / 2, H - 12), xlabel, "#444444", font, "mb")
+    for i, (name, line) in enumerate(lines.items()):
         colour = ("#2846a0", "#e07020", "#208040", "#a02860")[i % 4]
-        draw.line([place(a, math.log10(b)) for a, b in zip(x, y)], colour, 4, joint="curve")
-        draw.text((W - right - 12, top + 12 + 34 * i), name, colour, font, anchor="rt")
+        draw.line(place(line).ravel().tolist(), colour, 4, "curve")
+        draw.text((W - edge - 12, edge + 12 + 34 * i), name, colour, font, "rt")
     return im.reduce(2)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Packs a dataset and draws a sheet of it.", allow_abbrev=False)
-    parser.add_argument("--data", default="faces", help="faces, celeba, or the path of a folder or zip of pictures")
+    parser.add_argument("--data", default="faces", help="a name (see README.md), or a folder or zip of pictures")
     parser.add_argument("--res", type=int, default=32, help="pixels a side")
     parser.add_argument("--root", default="data", help="where datasets are looked for and packed arrays kept")
-    parser.add_argument("--to", default=None, help="where the sheet goes (default: out/DATA-RES/data.png)")
+    parser.add_argument("--to", default="out/data.png", help="where the sheet goes")
     parser.error = refuse
     args = parser.parse_args(argv)
-    if args.res < 8:
-        refuse(f"--res {args.res} is too small: at least 8")
-    if args.to and not args.to.endswith(".png"):
-        refuse(f"--to {args.to}: the sheet is a .png")
-    check_writable(Path(args.to or "out/x.png"))
+    if args.res < 8 or not args.to.endswith(".png"):
+        refuse(f"--res {args.res} must be at least 8, and --to {args.to} a .png")
+    check_writable(Path(args.to))
     if args.data in POINTS:
-        to = Path(args.to or f"out/{args.data}/data.png")
         sheet = scatter(points(args.data, 2000, np.random.default_rng(0)))
     else:
-        images, labels, label_names = load(args.data, args.root, args.res)
-        to = Path(args.to or f"out/{stem(args.data)}-{args.res}/data.png")
+        images, _, label_names = load(args.data, args.root, args.res)
         sheet = grid(images[split(len(images))[1][:64]])
         print(f"{len(images):,} pictures; labels: {', '.join(filter(None, label_names)) or 'none'}")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(to)
-    print(f"wrote {to}")
+    sheet.save(args.to)
+    print(f"wrote {args.to}")
 
 
 if __name__ == "__main__":
