@@ -314,11 +314,8 @@ def read_picture(file, res):
 # ---------------------------------------------------------------------------------------------------------------
 # MNIST, Fashion-MNIST and CIFAR-10, from the files their authors publish
 
-# What the archives hold, with sizes in bytes. MNIST: a header, then the values. CIFAR-10: rows of a label and the
-# red, the green and the blue plane.
-IDX = {"train-images-idx3-ubyte": 16 + 60_000 * 784, "train-labels-idx1-ubyte": 8 + 60_000,
-       "t10k-images-idx3-ubyte": 16 + 10_000 * 784, "t10k-labels-idx1-ubyte": 8 + 10_000}
-ROWS = {f"{name}.bin": 10_000 * 3073 for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]}
+IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+ROWS = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 
 
 def zipped(checksums):
@@ -327,55 +324,67 @@ def zipped(checksums):
 
 OFFICIAL = {  # files: what is published, with its MD5
     "mnist": dict(
-        n=70_000, res=28, channels=1, parts=IDX, url="https://ossci-datasets.s3.amazonaws.com/mnist/",
+        res=28, channels=1, parts=IDX, url="https://ossci-datasets.s3.amazonaws.com/mnist/",
         label_names=list("0123456789"),
         files=zipped("f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
                      "9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c")),
     "fashion": dict(
-        n=70_000, res=28, channels=1, parts=IDX, url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        res=28, channels=1, parts=IDX, url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         label_names="T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
         files=zipped("8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe "
                      "bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310")),
     "cifar10": dict(
-        n=60_000, res=32, channels=3, parts=ROWS, url="https://www.cs.toronto.edu/~kriz/",
+        res=32, channels=3, parts=ROWS, url="https://www.cs.toronto.edu/~kriz/",
         label_names="airplane automobile bird cat deer dog frog horse ship truck".split(),
         files={"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
 }
 
 
 def look(name, root):
-    """The paths of a dataset's files in root/NAME/ or below, unpacked or else as published, and what is missing.
+    """The paths of a dataset's files, unpacked or else as published, and what is missing: in root/NAME/ or below it,
+    or in root/ itself, but not below that, because MNIST and Fashion-MNIST call their files alike."""
+    for search in ((root / name).rglob, root.glob):
+        for wanted in (OFFICIAL[name]["parts"], OFFICIAL[name]["files"]):
+            found = {file: next(search(file), None) for file in wanted}
+            if all(found.values()):
+                return list(found.values()), []
+    return [], [file for file in OFFICIAL[name]["files"] if not (root / name / file).exists()]
 
-    Nowhere else, because MNIST and Fashion-MNIST call their files alike.
-    """
-    for wanted in (OFFICIAL[name]["parts"], OFFICIAL[name]["files"]):
-        found = {file: next((root / name).rglob(file), None) for file in wanted}
-        if all(found.values()):
-            break
-    return list(found.values()), [file for file, path in found.items() if not path]
+
+def parse(content):
+    """MNIST's format: two zeros, 8 for bytes, how many sizes, the sizes (big-endian, 4 bytes each), the values.
+    CIFAR-10's: rows of a label and the red, the green and the blue plane."""
+    if content[:3] == b"\0\0\x08":
+        shape = np.frombuffer(content, ">u4", content[3], 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    return np.frombuffer(content, np.uint8).reshape(-1, 3073)
 
 
-def stream_official(name, paths, res):
-    """Yields (picture (res, res, C) uint8, label) of all OFFICIAL[name]["n"], training files first."""
-    about, parts = OFFICIAL[name], []
+def read_official(name, paths, res):
+    """How many samples there are, and a stream of them, training files first."""
+    arrays = []
     for path in paths:
-        content = path.read_bytes()
-        if (about["files"] | about["parts"])[path.name] not in (len(content), hashlib.md5(content).hexdigest()):
-            refuse(f"{path} is cut short, damaged or not {name}'s; delete it and run the same command with --download")
-        if path.name.endswith(".tar.gz"):
-            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-                inside = {Path(entry.name).name: tar.extractfile(entry).read() for entry in tar if entry.isfile()}
-            parts += [inside[part] for part in about["parts"]]
-        else:
-            parts.append(gzip.decompress(content) if path.suffix == ".gz" else content)
+        try:
+            if path.name.endswith(".tar.gz"):
+                with tarfile.open(path) as tar:
+                    inside = {Path(entry.name).name: tar.extractfile(entry).read() for entry in tar if entry.isfile()}
+                arrays += [parse(inside[part]) for part in OFFICIAL[name]["parts"]]
+            else:
+                arrays.append(parse(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()))
+            if not len(arrays[-1]):
+                raise ValueError("empty")
+        except Exception as error:  # gzip, tarfile and numpy raise half a dozen kinds for a damaged file
+            refuse(f"{path} is cut short or damaged ({error}); delete it and run the same command with --download")
     if name == "cifar10":
-        rows = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
+        rows = np.concatenate(arrays)
         images, labels = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
     else:
-        images = np.frombuffer(parts[0][16:] + parts[2][16:], np.uint8).reshape(-1, 28, 28, 1)
-        labels = np.frombuffer(parts[1][8:] + parts[3][8:], np.uint8)
-    for pixels, label in zip(images, labels.tolist()):
-        yield np.asarray(picture(pixels).resize((res, res), Image.Resampling.LANCZOS)).reshape(res, res, -1), label
+        images, labels = np.concatenate(arrays[::2])[..., None], np.concatenate(arrays[1::2])
+    if len(images) != len(labels) or labels.max() > 9:
+        refuse(f"{paths[0].parent}: pictures and labels do not belong together; delete them and run the same command "
+               f"with --download")
+    resized = (np.asarray(picture(p).resize((res, res), Image.Resampling.LANCZOS)) for p in images)
+    return len(images), ((p.reshape(res, res, -1), label) for p, label in zip(resized, labels.tolist()))
 
 
 def download(name, root):
@@ -411,7 +420,7 @@ def fetch(url, path, md5):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Packing. All streams yield (picture, label) per sample, or (None, reason) where there is no picture.
+# Packing. All streams yield (picture (res, res, C) uint8, label), or (None, reason) where there is no picture.
 
 
 def stream_faces(res):
@@ -469,14 +478,14 @@ def load(name, root="data", res=32):
         if missing:
             refuse(f"{name} is not there: no {', '.join(missing)} (or unpacked) in {root / name}/. Run the same "
                    f"command with --download, or get each as {about['url']}NAME, into that folder")
-        n, label_names, stream = about["n"], about["label_names"], stream_official(name, sources, res)
+        label_names, samples = about["label_names"], lambda: read_official(name, sources, res)
     elif name == "faces":
-        n, label_names, stream = FACES, list(FACE_ATTRIBUTES), stream_faces(res)
+        label_names, samples = list(FACE_ATTRIBUTES), lambda: (FACES, stream_faces(res))
         sources = [Path(__file__)]  # whoever changes the drawing sees the change
     else:
         place = find_celeba(root) if name == "celeba" else Path(name)
         names = list_pictures(place)
-        n, sources = len(names), [place / p for p in names] if place.is_dir() else [place]
+        sources = [place / p for p in names] if place.is_dir() else [place]
         table = place.parent / "list_attr_celeba.txt"
         if name == "celeba" and table.exists():
             labels, label_names = celeba_attributes(table, names)
@@ -484,11 +493,12 @@ def load(name, root="data", res=32):
         else:
             label_names, labels = np.unique([p.rpartition("/")[0] for p in names], return_inverse=True)
             label_names = label_names.tolist()
-        stream = stream_files(place, names, labels, res)
+        samples = lambda: (len(names), stream_files(place, names, labels, res))
     identity = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
-    digest = hashlib.sha256(repr((identity, n, res)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr((identity, FACES, res)).encode()).hexdigest()[:12]
     pack = root / "cache" / f"{stem(name)}-{res}-{digest}"
     if not pack.exists():
+        n, stream = samples()
         size = n * res * res * channels(name) / 1e9
         print(f"packing {n:,} pictures of {name} at {res}x{res} into {pack} ({size:.1f} GB)", flush=True)
         pack.parent.mkdir(parents=True, exist_ok=True)
@@ -513,7 +523,8 @@ def split(n):
 def choose_labels(labels, label_names, cond):
     """The labels to learn and their names. cond: "all", or some attributes by name, comma-separated."""
     if len(label_names) < 2:
-        refuse(f"--cond {cond}: this dataset has no labels to learn")
+        refuse(f"--cond {cond}: this dataset has no labels to learn (a folder's are its sub-folders, CelebA's come "
+               f"from list_attr_celeba.txt beside the pictures)")
     if cond == "all":
         return labels, label_names
     chosen = cond.split(",")
@@ -607,20 +618,21 @@ def main(argv=None):
     parser.add_argument("--data", default="faces", help="a name (see README.md), or a folder or zip of pictures")
     parser.add_argument("--res", type=int, default=32, help="pixels a side")
     parser.add_argument("--root", default="data", help="where datasets are looked for and packed arrays kept")
-    parser.add_argument("--to", default="out/data.png", help="where the sheet goes")
+    parser.add_argument("--to", help="where the sheet goes (default: out/DATA-RES/data.png)")
     parser.error = refuse
     args = parser.parse_args(argv)
-    if args.res < 8 or not args.to.endswith(".png"):
-        refuse(f"--res {args.res} must be at least 8, and --to {args.to} a .png")
-    check_writable(Path(args.to))
+    to = Path(args.to or f"out/{stem(args.data)}" + ("" if args.data in POINTS else f"-{args.res}") + "/data.png")
+    if args.res < 8 or to.suffix != ".png":
+        refuse(f"--res {args.res} must be at least 8, and --to {to} a .png")
+    check_writable(to)
     if args.data in POINTS:
         sheet = scatter(points(args.data, 2000, np.random.default_rng(0)))
     else:
         images, _, label_names = load(args.data, args.root, args.res)
         sheet = grid(images[split(len(images))[1][:64]])
         print(f"{len(images):,} pictures; labels: {', '.join(filter(None, label_names)) or 'none'}")
-    sheet.save(args.to)
-    print(f"wrote {args.to}")
+    sheet.save(to)
+    print(f"wrote {to}")
 
 
 if __name__ == "__main__":
