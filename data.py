@@ -366,7 +366,7 @@ def read_official(name, paths, res):
     for path in paths:
         try:
             if path.name.endswith(".tar.gz"):
-                with tarfile.open(path) as tar:
+                with tarfile.open(path, "r:gz") as tar:
                     inside = {Path(entry.name).name: tar.extractfile(entry).read() for entry in tar if entry.isfile()}
                 arrays += [parse(inside[part]) for part in OFFICIAL[name]["parts"]]
             else:
