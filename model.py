@@ -150,8 +150,8 @@ def inverse_rms(z, eps=1e-6):
 
 
 class RMSNorm(nn.Module):
-    """weight * z / rms(z) (Zhang & Sennrich 2019, arXiv 1910.07467), times the caller's scale, which is small beside z:
-    multiplied with the weight first, it costs no pass over the tokens of its own."""
+    """weight * z / rms(z) (Zhang & Sennrich 2019, arXiv 1910.07467), times the caller's scale: multiplied with the
+    weight first, it costs no pass over the tokens of its own."""
 
     def __init__(self, dim):
         super().__init__()

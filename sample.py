@@ -8,6 +8,7 @@ float32 array (n, C, H, W) or (n, 2), anything without an ending a folder of sin
 
 import argparse
 import contextlib
+import itertools
 import math
 import time
 from pathlib import Path
@@ -201,8 +202,8 @@ def read_picture(path, mode, res):
                 return np.array(im).reshape(res, res, -1)
     except OSError as error:
         data.refuse(f"{path} is no picture that can be read ({error})")
-    data.refuse(f"{path} is {im.mode} with {im.width}x{im.height} pixels, needed is {mode} with {res}x{res}; convert it: "
-                f"python -c \"from PIL import Image; Image.open('{path}').convert('{mode}').resize(({res}, {res}))"
+    data.refuse(f"{path} is {im.mode} with {im.width}x{im.height} pixels, needed is {mode} with {res}x{res}; convert "
+                f"it: python -c \"from PIL import Image; Image.open('{path}').convert('{mode}').resize(({res}, {res}))"
                 f".save('fits.png')\"")
 
 
@@ -316,13 +317,11 @@ def main(argv=None):
 
     size = args.batch or (len(e) if points else 64)
     began, parts, states = time.time(), [], []
-    for i in range(0, len(e), size):
-        flow = [] if to.suffix == ".gif" else None
-        part = None if y is None else y[i : i + size]
-        x, nfe = generate(net, config, e[i : i + size], args.steps, args.solver, flow, part, args.guidance, args.interval,
+    for part, label in zip(e.split(size), itertools.repeat(None) if y is None else y.split(size)):
+        states.append([] if to.suffix == ".gif" else None)
+        x, nfe = generate(net, config, part, args.steps, args.solver, states[-1], label, args.guidance, args.interval,
                           args.shift, args.tol, start, known)
         parts.append(x)
-        states.append(flow)
     seconds = time.time() - began
     states = [torch.cat(batch) for batch in zip(*states)] if to.suffix == ".gif" else None
     x = torch.cat(parts)

@@ -518,7 +518,8 @@ def test_labels_are_rows_of_a_table_and_no_label_has_a_row_of_its_own():
     one = labels(torch.tensor([0, 2, -1]))
     torch.testing.assert_close(one, labels.rows[[0, 2, 3]])
     many = labels(torch.tensor([[1, 0, 1], [0, 0, 0], [-1, -1, -1]]))
-    torch.testing.assert_close(many, torch.stack([labels.rows[0] + labels.rows[2], 0 * labels.rows[0], labels.rows[3]]))
+    rows = labels.rows
+    torch.testing.assert_close(many, torch.stack([rows[0] + rows[2], 0 * rows[0], rows[3]]))
     assert torch.equal(labels(None), labels.rows[3]) and model.Labels(0, 5)(None) == 0
 
 
@@ -570,8 +571,9 @@ def test_labels_are_hidden_one_by_one_and_stay_with_their_pictures_under_ot():
     for picture, row, gone in zip(pixels, y.numpy(), hidden):
         place = np.flatnonzero((images == picture).all((1, 2, 3)))
         assert gone or (labels[place] == row).all(1).any()
-    unpaired = train.batch(train.resolve({**vars(config), "ot": False}), images, labels, 3, 0, 1, torch.device("cpu"))
-    assert torch.equal(unpaired[0], x) and torch.equal(unpaired[3], y) and not torch.equal(unpaired[1], e)
+    for other in ({"ot": False}, {"ot_block": 4}):
+        again = train.batch(train.resolve({**vars(config), **other}), images, labels, 3, 0, 1, torch.device("cpu"))
+        assert torch.equal(again[0], x) and torch.equal(again[3], y) and not torch.equal(again[1], e)
 
 
 @pytest.mark.parametrize("name", data.POINTS)
@@ -1354,7 +1356,8 @@ def test_pictures_and_masks_that_do_not_fit_are_refused(args, words, faces_run, 
     save_picture("grey.png", mode="L")
     Path("text.png").write_text("no picture")
     Path("kept.png").write_text("old")
-    refused(capsys, lambda: sample.main([str(faces_run[0] / "out/pets-16"), *args.split(), "--to", "kept.png"]), *words)
+    run = str(faces_run[0] / "out/pets-16")
+    refused(capsys, lambda: sample.main([run, *args.split(), "--to", "kept.png"]), *words)
     assert Path("kept.png").read_text() == "old"
 
 
@@ -1446,7 +1449,7 @@ def test_contact_sheet_of_a_dataset():
     "--predict e", "--loss x", "--path cosine", "--time uniform", "--t-mean 0.5", "--ot", "--lr 0.01", "--warmup 0",
     "--cooldown 0", "--decay 0.5", "--clip 0.001", "--seed 1", "--batch 4", "--no-flip", "--norm derf",
     "--attention fused", "--optimizer adamw", "--no-bf16", "--patch 4", "--stride 8", "--depth 2", "--heads 4",
-    "--ema 0.1", "--width 64", "--cond all", "--cond smiling,hat", "--cover 0.5", "--jitter 0.1"])
+    "--ema 0.1", "--width 64", "--model unet", "--cond all", "--cond smiling,hat", "--cover 0.5", "--jitter 0.1"])
 def test_every_flag_changes_the_training(flag, monkeypatch):
     monkeypatch.setattr(sample, "draw", lambda *_: Image.new("L", (1, 1)))
     monkeypatch.setattr(train, "held_out", lambda *_: [1.0] * 10)

@@ -62,7 +62,7 @@ class Config:
     jitter: float = 0.0  # standard deviation of noise on z, which the targets do not know
     # the network
     model: str = "transformer"  # transformer, unet or mlp
-    patch: int = 8  # pixels a side of a patch
+    patch: int = 4  # pixels a side of a patch
     stride: int = 4  # pixels from one patch to the next; below `patch` they overlap
     width: int = 256  # numbers per token, channels at full resolution (unet), or numbers per layer (mlp)
     depth: int = 4  # blocks, blocks per resolution (unet), or layers (mlp)
@@ -71,8 +71,8 @@ class Config:
     attention: str = "auto"  # fused, hand (written out), or auto: the faster one
     # optimisation
     optimizer: str = "muon"  # muon (AdamW for what is no matrix of a block) or adamw
-    steps: int = 540  # gradient steps
-    batch: int = 64  # samples a step, over all processes together
+    steps: int = 700  # gradient steps
+    batch: int = 32  # samples a step, over all processes together
     lr: float = 3e-3  # peak learning rate
     warmup: int = 30  # steps of linear warm-up
     cooldown: float = 0.4  # the last part of the steps, in which the rate falls linearly to zero
@@ -86,7 +86,7 @@ class Config:
     compile: bool = None  # torch.compile; by default on CUDA, where it pays at once
     out: str = ""  # where results go; by default out/<data>-<res>
     log: int = 20  # steps between lines of the log
-    preview: int = 180  # steps between previews, held-out losses and checkpoints
+    preview: int = 175  # steps between previews, held-out losses and checkpoints
 
 
 def preset(name, res, kind=None):
@@ -100,13 +100,14 @@ def preset(name, res, kind=None):
     fields = dict(t_mean=fm.logit_normal_mean(res))
     if name in data.OFFICIAL:
         kind = kind or "unet"
-        fields = dict(model="unet", cond="all", flip=name != "mnist", t_mean=-0.4, steps=2500, warmup=100, ema=0.995,
-                      log=50, preview=500)
+        fields = dict(model="unet", cond="all", flip=name != "mnist", t_mean=-0.4, steps=2500, batch=64, warmup=100,
+                      ema=0.995, log=50, preview=500)
     elif res >= 128:  # at 256: JiT-B/16 with patches that overlap, about 115M parameters
         fields |= dict(width=768, depth=12, heads=12, optimizer="adamw", lr=2e-4, batch=128, steps=160_000,
                        warmup=2000, cooldown=0.0, ema=0.9999, log=50, preview=2000)
     elif res > 32:
-        fields |= dict(width=384, depth=8, heads=6, lr=1e-3, steps=20_000, warmup=500, ema=0.999, log=50, preview=1000)
+        fields |= dict(width=384, depth=8, heads=6, batch=64, lr=1e-3, steps=20_000, warmup=500, ema=0.999, log=50,
+                       preview=1000)
     else:  # at 32 pixels the formula's mean, 1.3, sees too little noise in so few steps: faces fall apart
         fields = {}
     if kind == "unet":
@@ -286,7 +287,7 @@ def save(path, net, ema, optimizers, config, step, sizes, label_names):
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            torch.save({"step": step, "config": dataclasses.asdict(config), "net": sizes,
+            torch.save({"step": step, "config": vars(config), "net": sizes,
                         "label_names": label_names, "weights": weights, "ema": ema.state_dict(),
                         "optimizers": [o.state_dict() for o in optimizers]}, file)
             file.flush()
@@ -313,8 +314,8 @@ def resume_from(given):
         config = dataclasses.replace(was, **{**given, "out": str(out)})
         for field in FIXED:
             if getattr(config, field) != getattr(was, field):
-                data.refuse(f"--{field} {getattr(config, field)}: {path} was trained with {getattr(was, field)}; leave "
-                            f"the flag out, or start anew in another folder: --out DIR")
+                data.refuse(f"--{field} {getattr(config, field)}: {path} was trained with {getattr(was, field)}; "
+                            f"leave the flag out, or start anew in another folder: --out DIR")
         done = step if path.stem == "ckpt" else done
         if done >= config.steps:
             data.refuse(f"{out} is at step {done} already; to train longer, ask for more: --steps {2 * done}")
@@ -323,8 +324,8 @@ def resume_from(given):
             if step < done:
                 shutil.copyfile(out / "ckpt.pt", out / f"ckpt-{done}.pt")  # finished as it is, it may be wanted
             return checkpoint, config
-    data.refuse(f"{out} cannot become a run of {config.steps} steps: those cool down from step {cooldown_start(config)} "
-                f"on, and it is at {step}; ask for more: --steps {2 * config.steps}")
+    data.refuse(f"{out} cannot become a run of {config.steps} steps: those cool down from step "
+                f"{cooldown_start(config)} on, and it is at {step}; ask for more: --steps {2 * config.steps}")
 
 
 def set_aside(out):
@@ -340,7 +341,6 @@ def set_aside(out):
 
 
 COLUMNS = ["step", "loss", "lr", "samples_s", "held_out", *(f"t{i}" for i in range(10))]
-EULER_STEPS = (1, 2, 4, 10, 100)
 
 
 def read_log(out):
@@ -363,12 +363,11 @@ def write_log(out, rows):
 
 def preview(ema, config, images, labels, device):
     """A picture of samples, always from the same noise (and held-out labels), so that previews can be compared."""
-    settings, y = dataclasses.asdict(config), None
-    n = 2000 if images is None else PREVIEW_PICTURES
-    e = sample.noise(n, sample.shape_of(settings), seed=0).to(device)
+    y, n = None, 2000 if images is None else PREVIEW_PICTURES
+    e = sample.noise(n, sample.shape_of(vars(config)), seed=0).to(device)
     if labels is not None:
         y = torch.from_numpy(labels[np.resize(data.split(len(images))[1], n)].astype(np.int64)).to(device)
-    return sample.draw(sample.generate(ema, settings, e, PREVIEW_STEPS, y=y)[0], settings)
+    return sample.draw(sample.generate(ema, vars(config), e, PREVIEW_STEPS, y=y)[0], vars(config))
 
 
 def report(config, row, rate):
@@ -385,7 +384,7 @@ def wasserstein(ema, config, device):
     fresh = [torch.from_numpy(data.points(config.data, 2048, np.random.default_rng(data.key(1, data.HELD_OUT, i))))
              for i in range(2)]
     e = sample.noise(2048, (2,), seed=1).to(device)
-    clouds = {0: fresh[1]} | {k: sample.generate(ema, dataclasses.asdict(config), e, k)[0].cpu() for k in EULER_STEPS}
+    clouds = {0: fresh[1]} | {k: sample.generate(ema, vars(config), e, k)[0].cpu() for k in (1, 2, 4, 10, 100)}
     with ThreadPoolExecutor() as pool:  # scipy's assignment releases the GIL
         return dict(zip(clouds, pool.map(lambda cloud: fm.w2(fresh[0], cloud), clouds.values())))
 
@@ -407,7 +406,7 @@ def bench(config, sizes, train_step, device, world):
     with torch.device("meta"):  # shapes without numbers, to count; attention written out, so that all of it counts
         net = model.build(**{name: "hand" if name == "attention" else size for name, size in sizes.items()})
         with FlopCounterMode(display=False) as counter:
-            net(torch.empty(1, *sample.shape_of(dataclasses.asdict(config))), torch.empty(1))
+            net(torch.empty(1, *sample.shape_of(vars(config))), torch.empty(1))
     flop = 3 * counter.get_total_flops()  # the backward pass costs two forward passes
     rate = config.batch / step * flop
     print(f"{step * 1e3:.1f} ms/step  {config.batch / step:,.1f} samples/s  {flop / 1e9:.3f} GFLOP/sample  "
@@ -419,9 +418,9 @@ def bench(config, sizes, train_step, device, world):
         top = 2 * n**3 / seconds(lambda _: b @ b) * world
         print(f"  {rate / top:.0%} of a plain {kind} matrix product's {top / 1e9:,.0f} GFLOP/s".replace("torch.", ""))
     if device.type == "cuda":
-        peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in torch.cuda.get_device_name()), None)
-        mfu = f"  MFU {rate / world / peak / 1e12:.1%} of {peak} TFLOP/s (datasheet)" if peak else ""
-        print(f"  {torch.cuda.get_device_name()}{mfu}  peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        gpu, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
+        peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in gpu), math.nan)
+        print(f"  {gpu}  MFU {rate / world / peak / 1e12:.1%} of {peak} TFLOP/s  peak memory {memory:.1f} GiB")
 
 
 # Dense bf16 with float32 sums, from the makers' datasheets.
@@ -505,7 +504,7 @@ def main(argv=None):
         return loss.detach()
 
     if rank == 0:
-        print(*(f"{name}={value}" for name, value in dataclasses.asdict(config).items()))
+        print(*(f"{name}={value}" for name, value in vars(config).items()))
         print(f"{sum(w.numel() for w in weights) / 1e6:.2f}M parameters on {world} x {device.type}", flush=True)
     if bench_only:
         bench(config, sizes, train_step, device, world)
