@@ -241,17 +241,16 @@ def make_optimizers(net, config):
 
     Muon (Jordan et al. 2024; torch.optim.Muon) replaces a matrix's gradient by the nearest orthogonal matrix, so that
     all its directions learn at one pace. Scaled to the size of AdamW's steps, both share a learning rate. In short
-    runs it gets as far as AdamW in about half the steps.
+    runs it gets as far as AdamW in about half the steps. Three iterations towards the orthogonal matrix do here what
+    the usual five do.
     """
-    matrices = []
-    if config.optimizer == "muon":
-        matrices = [w for name, w in net.named_parameters()
-                    if w.ndim == 2 and "blocks." in name and "modulation" not in name]
-    chosen = set(map(id, matrices))
-    rest = [w for w in net.parameters() if id(w) not in chosen]
-    optimizers = [torch.optim.AdamW(rest, config.lr, (0.9, 0.95), weight_decay=config.decay, fused=True)]
+    rest = dict(net.named_parameters())
+    matrices = [name for name, w in rest.items() if w.ndim == 2 and "blocks." in name and "modulation" not in name]
+    matrices = [rest.pop(name) for name in matrices if config.optimizer == "muon"]
+    optimizers = [torch.optim.AdamW(rest.values(), config.lr, (0.9, 0.95), weight_decay=config.decay, fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, config.lr, config.decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(matrices, config.lr, config.decay, adjust_lr_fn="match_rms_adamw",
+                                           ns_steps=3))
     return optimizers
 
 
