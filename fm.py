@@ -122,7 +122,7 @@ def ot_pair(x, e, block=None):
     guidance and few labels make it visible. Drop --ot where labels matter.
     """
     # |x - e|^2 = |x|^2 + |e|^2 - 2 x.e, and the first two sums are the same for every pairing.
-    gain = (x.flatten(1) @ e.flatten(1).T).double().cpu().numpy()
+    gain = (x.flatten(1) @ e.flatten(1).T).cpu().double().numpy()
     if not np.isfinite(gain).all():
         raise ValueError("ot_pair: x and e must be finite, found NaN or infinity")
     block = block or len(x)
@@ -356,6 +356,6 @@ def bits_per_dimension(log_p, d):
 def w2(a, b):
     """2-Wasserstein distance between two point clouds of n points each, exact, by assignment. O(n^3); twice as fast
     if a is the one that is spread out more."""
-    cost = torch.cdist(a.flatten(1).double(), b.flatten(1).double()).square().cpu().numpy()
+    cost = torch.cdist(a.flatten(1).cpu().double(), b.flatten(1).cpu().double()).square().numpy()
     i, j = linear_sum_assignment(cost)
     return float(np.sqrt(cost[i, j].mean()))

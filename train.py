@@ -100,7 +100,7 @@ def preset(name, res, kind=None):
     fields = dict(t_mean=fm.logit_normal_mean(res))
     if name in data.OFFICIAL:
         kind = kind or "unet"
-        fields = dict(model="unet", cond="all", flip=name != "mnist", t_mean=-0.4, steps=2500, batch=64, warmup=100,
+        fields = dict(model="unet", cond="all", flip=name != "mnist", t_mean=-0.4, steps=2000, batch=64, warmup=100,
                       ema=0.995, log=50, preview=500)
     elif res >= 128:  # at 256: JiT-B/16 with patches that overlap, about 115M parameters
         fields |= dict(width=768, depth=12, heads=12, optimizer="adamw", lr=2e-4, batch=128, steps=160_000,
