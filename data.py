@@ -11,6 +11,7 @@ import argparse
 import functools
 import gzip
 import hashlib
+import inspect
 import io
 import signal
 import sys
@@ -29,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 POINTS = ("moons", "8gaussians", "checkerboard", "spirals")
 PICTURES = ("faces", "celeba", "mnist", "fashion", "cifar10")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FACES = 20_000  # drawn once; a three-minute run sees each a handful of times
+FACES = 20_000  # drawn once; a three-minute run sees each about once
 
 
 def refuse(message, status=2):
@@ -39,7 +40,7 @@ def refuse(message, status=2):
 
 
 def check_writable(path):
-    """Before the work, not after it: a file where a folder should be, or the other way round, is a mistake."""
+    """Makes the folder of `path`, and refuses a file where a folder should be: before the work, not after it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,13 +57,15 @@ def run(main):
         main()
     except OSError as error:
         refuse(error, status=1)
+    except torch.OutOfMemoryError as error:
+        refuse(f"{str(error).splitlines()[0]} Try a smaller --batch", status=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Random numbers. Everything random is a pure function of a few integers (seed, purpose, step, rank, ...), so a
 # resumed run needs no generator state and picture i comes out the same in any batch.
 
-ORDER, BATCH, HELD_OUT, SAMPLE, SPLIT = range(5)  # purposes, so that no two uses share a stream
+ORDER, BATCH, HELD_OUT, SAMPLE, SPLIT, INPAINT, TRACE = range(7)  # purposes, so that no two uses share a stream
 
 
 def key(*words):
@@ -267,8 +270,8 @@ def find_celeba(root):
 
 def celeba_attributes(table, names):
     """CelebA's 40 attributes from its list_attr_celeba.txt: multi-hot (N, 40) uint8, and what they are called."""
-    _, attributes, *lines = table.read_text().strip().splitlines()
-    rows = {file: values for file, *values in map(str.split, lines)}
+    _, attributes, *lines = [*table.read_text(errors="replace").splitlines(), "", ""]
+    rows = {file: values for file, *values in map(str.split, filter(str.strip, lines))}
     files = [name.rpartition("/")[2] for name in names]
     lost = [file for file in files if len(rows.get(file, ())) != len(attributes.split())]
     if lost:
@@ -298,7 +301,7 @@ def stem(name):
 
 
 def read_picture(file, res):
-    """Decodes one picture: upright, RGB, centre crop, resized by averaging over each new pixel's area."""
+    """Decodes one picture: upright, RGB, centre crop, resized with each new pixel a mean over its area."""
     with Image.open(file) as im:
         im.draft("RGB", (res, res))  # JPEG: let the decoder halve while it decodes, as long as it stays above res
         im = ImageOps.exif_transpose(im)
@@ -342,7 +345,7 @@ OFFICIAL = {  # files: what is published, with its MD5
 
 def look(name, root):
     """The paths of a dataset's files, unpacked or else as published, and what is missing: in root/NAME/ or below it,
-    or in root/ itself, but not below that, because MNIST and Fashion-MNIST call their files alike."""
+    or in root/ itself, if that is the dataset's own folder: MNIST and Fashion-MNIST call their files alike."""
     for search in ((root / name).rglob, root.glob):
         for wanted in (OFFICIAL[name]["parts"], OFFICIAL[name]["files"]):
             found = {file: next(search(file), None) for file in wanted}
@@ -361,7 +364,7 @@ def parse(content):
 
 
 def read_official(name, paths, res):
-    """How many samples there are, and a stream of them, training files first."""
+    """How many samples there are, and a stream of them; `split` decides anew which ones are held out."""
     arrays = []
     for path in paths:
         try:
@@ -388,7 +391,7 @@ def read_official(name, paths, res):
 
 
 def download(name, root):
-    """Fetches what is missing into root/name. Only one process may: rank 0."""
+    """Fetches what is missing into root/name. Only one process may at a time."""
     (root / name).mkdir(parents=True, exist_ok=True)
     for file in look(name, root)[1]:
         fetch(OFFICIAL[name]["url"] + file, root / name / file, OFFICIAL[name]["files"][file])
@@ -460,7 +463,7 @@ def write_pack(folder, stream, n):
         print(f"skipped {len(skipped):,} of {n:,} that could not be decoded:", *skipped[:10], sep="\n  ")
     if not labels:
         refuse(f"none of the {n:,} pictures could be decoded")
-    np.save(folder / "labels.npy", np.array(labels))
+    np.save(folder / "labels.npy", np.array(labels, np.int64))
 
 
 def channels(name):
@@ -470,7 +473,7 @@ def channels(name):
 def load(name, root="data", res=32):
     """A dataset by name or path, packed on first use: (images, labels, label_names).
 
-    images: uint8 (N, res, res, C), memory-mapped. labels: multi-hot (N, K) for faces and celeba, else (N,) int64.
+    images: uint8 (N, res, res, C), memory-mapped. labels: int64, multi-hot (N, K) for faces and celeba, else (N,).
     """
     root = Path(root)
     if name in OFFICIAL:
@@ -495,7 +498,7 @@ def load(name, root="data", res=32):
             label_names = label_names.tolist()
         samples = lambda: (len(names), stream_files(place, names, labels, res))
     identity = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
-    digest = hashlib.sha256(repr((identity, FACES, res)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr((identity, FACES, res, inspect.getsource(read_picture))).encode()).hexdigest()[:12]
     pack = root / "cache" / f"{stem(name)}-{res}-{digest}"
     if not pack.exists():
         n, stream = samples()

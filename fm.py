@@ -96,7 +96,7 @@ def sample_t(n, mean=None, std=0.8, cover=0.0, generator=None, device=None):
     t = torch.sigmoid(mean + std * torch.randn(n, generator=generator, device=device))
     if cover:
         fair = torch.rand(2, n, generator=generator, device=device)
-        t = torch.where(fair[0] < cover, fair[1], t)
+        t = torch.where(fair[0] < cover, fair[1].clamp(1e-6, 1 - 1e-6), t)  # at 0 and 1 `importance` is 0/0
     return t
 
 
@@ -148,9 +148,8 @@ def loss(net, x, e, t, y=None, predict="x", space="v", path=linear, jitter=None)
     v = d_alpha * x + d_sigma * e
     truth = {"x": x, "e": e, "v": v}[predict]
     guess = net(z if jitter is None else z + jitter, t, y).to(z.dtype)
-    # Both sides pass the same clamped division, so z drops out of the difference: what is left is the error of the
-    # prediction times the (clamped) factor in front of it.
-    error = convert(guess, predict, space, z, t, path, CLAMP) - convert(truth, predict, space, z, t, path, CLAMP)
+    # Conversion is linear in prediction and z together, so the difference of two, of the same z, is that of z = 0.
+    error = convert(guess - truth, predict, space, torch.zeros_like(z), t, path, CLAMP)
     return error.square().flatten(1).mean(1)
 
 
@@ -163,9 +162,9 @@ def velocity(net, predict="x", path=linear, y=None, guidance=1.0, interval=(0.1,
 
     The training clamp must not come along for x-prediction: with 50 steps the last one would divide by 0.05 where
     1-t is 0.02, go only 40% of the way to the predicted picture, and leave the rest of the noise in it. Unclamped,
-    the last Euler step is z + (1-t) (x_pred - z) / (1-t) = x_pred. At t = 1 that is 0/0: see `solve`.
-    For e-prediction the division by alpha = t vanishes at the very first step, where nothing is known of x yet, and
-    there the clamp stays. clamp: another one than these.
+    the last Euler step is z + (1-t) (x_pred - z) / (1-t) = x_pred (on the cosine path nearly so, if steps are many).
+    At t = 1 that is 0/0: see `solve`. For e-prediction the divisor alpha = t vanishes at the very first step, where
+    nothing is known of x yet, and there the clamp stays, at the cost of too slow a start. clamp: overrides these.
 
     guidance w: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), v_null + w (v_y - v_null), for t in
     the interval only (Kynkaanniemi et al. 2024, arXiv 2404.07724); w = 1 and times outside cost nothing extra.
@@ -260,13 +259,8 @@ def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
     states: a list that receives the state at each time of the grid. NFE: number of evaluations of v.
     tol: dopri5's, which takes its own steps between the grid's times.
     """
-    nfe = 0
-
-    def counted(z, t):
-        nonlocal nfe
-        nfe += 1
-        return v(z, t)
-
+    times = []  # at which v was evaluated
+    counted = lambda z, t: times.append(t) or v(z, t)
     if states is not None:
         states.append(z)
     for i, (t, s) in enumerate(zip(ts, ts[1:])):
@@ -274,11 +268,11 @@ def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
         z = SOLVERS[name](counted, z, t, s, **({"tol": tol} if name == "dopri5" else {}))
         if states is not None:
             states.append(z)
-    return z, nfe
+    return z, len(times)
 
 
-def inpaint(v, z, x, hole, ts, path=linear, solver="heun", end_euler=False, states=None, repeats=1, generator=None):
-    """Fills the hole in a picture; returns (the picture, NFE). hole: bool, True where to fill.
+def inpaint(v, z, x, hole, noise, ts, path=linear, solver="heun", end_euler=False, states=None, tol=1e-4, repeats=5):
+    """Fills the hole in a picture; returns (the picture, NFE). hole: bool, True where to fill. noise(): new e, as z.
 
     What is known of z at any time is x mixed with noise, so after each step that part is replaced by just this, and
     the network continues the rest to fit. The last step ends at t = 1, where the known part is x itself, exactly. But
@@ -292,14 +286,12 @@ def inpaint(v, z, x, hole, ts, path=linear, solver="heun", end_euler=False, stat
     for i, (t, s) in enumerate(zip(ts, ts[1:])):
         (alpha, sigma), (alpha_s, sigma_s) = (path(torch.tensor(time, dtype=z.dtype))[:2] for time in (t, s))
         for again in reversed(range(repeats)):
-            new, n = solve(v, z, [t, s], solver, end_euler and i == len(ts) - 2)
-            e = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
-            new = torch.where(hole, new, alpha_s * x + sigma_s * e)
+            new, n = solve(v, z, [t, s], solver, end_euler and i == len(ts) - 2, tol=tol)
+            new = torch.where(hole, new, alpha_s * x + sigma_s * noise())
             nfe += n
             if again:  # from s back to t: less of what is there, and the noise that this takes
-                e = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
                 share = alpha / alpha_s
-                z = share * new + (sigma**2 - (share * sigma_s) ** 2).sqrt() * e
+                z = share * new + (sigma**2 - (share * sigma_s) ** 2).sqrt() * noise()
         z = new
         if states is not None:
             states.append(z)

@@ -11,6 +11,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def zeroed(layer):
+    """The layer with all weights 0: what it adds to the network is nothing at the start."""
+    for w in layer.parameters():
+        nn.init.zeros_(w)
+    return layer
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Time
 
@@ -52,11 +59,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim=2, width=64, depth=3):
         super().__init__()
-        sizes = [dim + 1] + [width] * depth
-        layers = []
-        for a, b in zip(sizes[:-1], sizes[1:]):
-            layers += [nn.Linear(a, b), nn.SiLU()]
-        self.net = nn.Sequential(*layers, nn.Linear(width, dim))
+        hidden = [layer for _ in range(depth - 1) for layer in (nn.Linear(width, width), nn.SiLU())]
+        self.net = nn.Sequential(nn.Linear(dim + 1, width), nn.SiLU(), *hidden, nn.Linear(width, dim))
 
     def forward(self, z, t, y=None):
         return self.net(torch.cat([z, t[:, None]], dim=1))
@@ -200,10 +204,7 @@ class Attention(nn.Module):
     def __init__(self, dim, heads, attention):
         super().__init__()
         self.heads, self.attention = heads, attention
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.k = nn.Linear(dim, dim, bias=False)
-        self.v = nn.Linear(dim, dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
     def forward(self, z, cos, sin):
         B, N, D = z.shape
@@ -222,8 +223,7 @@ class SwiGLU(nn.Module):
     def __init__(self, dim):
         super().__init__()
         hidden = max(1, round(dim * 8 / 3 / 64)) * 64  # three matrices of 8/3 D cost as much as the usual two of 4 D
-        self.gate = nn.Linear(dim, hidden, bias=False)
-        self.up = nn.Linear(dim, hidden, bias=False)
+        self.gate, self.up = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, z):
@@ -238,9 +238,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attention = NORMS[norm](dim), Attention(dim, heads, attention)
         self.norm2, self.swiglu = NORMS[norm](dim), SwiGLU(dim)
-        self.modulation = nn.Linear(dim, 4 * dim)
-        nn.init.zeros_(self.modulation.weight)  # all gates closed: at the start every block passes z on unchanged,
-        nn.init.zeros_(self.modulation.bias)  # and the deep network trains like a shallow one
+        # All gates closed: at the start every block passes z on unchanged; a deep network trains like a shallow one.
+        self.modulation = zeroed(nn.Linear(dim, 4 * dim))
 
     def forward(self, z, c, cos, sin):
         scale1, gate1, scale2, gate2 = self.modulation(c)[:, None].chunk(4, dim=-1)  # (B, 1, D) each
@@ -267,10 +266,8 @@ class Transformer(nn.Module):
         self.labels = Labels(labels, width)
         self.blocks = nn.ModuleList([Block(width, heads, norm, attention) for _ in range(depth)])
         self.norm = NORMS[norm](width)
-        self.head = nn.Linear(width, P)
-        if norm == "rms":  # start from "grey" rather than from random pixels; Derf's paper keeps the usual start
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+        # Start from "grey" rather than from random pixels; Derf's paper keeps the usual start.
+        self.head = zeroed(nn.Linear(width, P)) if norm == "rms" else nn.Linear(width, P)
         cos, sin = rope_table(side, width // heads)
         for name, table in (("position", position_table(side, width)), ("cos", cos), ("sin", sin)):
             self.register_buffer(name, table, persistent=False)  # moves with the network, is not saved with it
@@ -304,14 +301,10 @@ class ResBlock(nn.Module):
     def __init__(self, a, b, dim):
         super().__init__()
         self.norm1, self.conv1 = group_norm(a), nn.Conv2d(a, b, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(b), nn.Conv2d(b, b, 3, padding=1)
-        self.modulation = nn.Linear(dim, 2 * b)
+        # At the start the block is its shortcut, scale is 1 and shift 0: time is let in only as far as it helps.
+        self.norm2, self.conv2 = group_norm(b), zeroed(nn.Conv2d(b, b, 3, padding=1))
+        self.modulation = zeroed(nn.Linear(dim, 2 * b))
         self.shortcut = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
-        # conv2 = 0: at the start the block is its shortcut, and the deep network trains like a shallow one;
-        # modulation = 0: scale 1, shift 0, so that time is let in only as far as it helps.
-        for layer in (self.conv2, self.modulation):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
 
     def forward(self, h, c):
         scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)  # (B, b, 1, 1) each
@@ -341,8 +334,7 @@ class PixelAttention(nn.Module):
         super().__init__()
         self.heads, self.norm = heads, group_norm(dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-        nn.init.zeros_(self.out.weight)  # nothing is added at the start, as with conv2
+        self.out = zeroed(nn.Linear(dim, dim, bias=False))
 
     def forward(self, h):
         B, D, R, _ = h.shape
@@ -379,9 +371,7 @@ class UNet(nn.Module):
         # A 1x1 convolution before the upsampling gives what it would give after it, at a quarter of the cost.
         self.grow2 = nn.Sequential(nn.Conv2d(4 * W, 2 * W, 1), nn.Upsample(scale_factor=2))
         self.grow1 = nn.Sequential(nn.Conv2d(2 * W, W, 1), nn.Upsample(scale_factor=2))
-        self.norm, self.head = group_norm(W), nn.Conv2d(W, channels, 3, padding=1)
-        nn.init.zeros_(self.head.weight)  # start from "grey" rather than from random pixels
-        nn.init.zeros_(self.head.bias)
+        self.norm, self.head = group_norm(W), zeroed(nn.Conv2d(W, channels, 3, padding=1))
         # A pixel's channels lie side by side in memory, the order in which convolutions read them; features take
         # over the layout of the weights. This takes a quarter off the step on a CPU.
         self.to(memory_format=torch.channels_last)

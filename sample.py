@@ -8,7 +8,6 @@ float32 array (n, C, H, W) or (n, 2), anything without an ending a folder of sin
 
 import argparse
 import contextlib
-import itertools
 import math
 import time
 from pathlib import Path
@@ -21,7 +20,6 @@ import data
 import fm
 import model
 
-REPEATS = 5  # of each step while inpainting, see fm.inpaint
 
 
 def pick_device(name):
@@ -34,7 +32,7 @@ def pick_device(name):
 
 
 def has_bf16(device):
-    """Does the hardware multiply matrices in bfloat16 natively? All GPUs of interest do, CPUs say so."""
+    """Does the hardware multiply matrices in bfloat16 natively? CUDA GPUs of interest do, CPUs say so."""
     if device.type == "cpu":
         abilities = getattr(torch.cpu, "get_capabilities", dict)()
         return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
@@ -47,15 +45,15 @@ def autocast(device, bf16=True):
     return torch.autocast(device.type, torch.bfloat16) if on else contextlib.nullcontext()
 
 
-def read_checkpoint(path):
-    """What train.py saved, on the CPU, with a network of its shape under "built". Refuses anything else."""
+def read_checkpoint(path, part="ema"):
+    """What train.py saved, on the CPU, and under "built" its network with the weights of `part`. Refuses others."""
     if not path.is_file():
-        data.refuse(f"no checkpoint {path}: train first (python train.py), or name the folder that train.py wrote")
+        data.refuse(f"no checkpoint {path}: train first (python train.py), or name the run's folder: sample.py DIR, "
+                    f"train.py --resume --out DIR")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["built"] = model.build(**checkpoint["net"])
-        for part in ("weights", "ema"):
-            checkpoint["built"].load_state_dict(checkpoint[part])
+        checkpoint["built"].load_state_dict(checkpoint[part])
         checkpoint["config"]["data"], checkpoint["step"], checkpoint["optimizers"], checkpoint["label_names"]
     except Exception as error:  # torch.load alone raises half a dozen kinds for a damaged file
         reason = (str(error) or "empty").splitlines()[0]
@@ -65,16 +63,18 @@ def read_checkpoint(path):
 
 def load(path, device, weights="ema"):
     """The network of a checkpoint, ready to sample from, its config (a dict) and the names of its labels."""
-    checkpoint = read_checkpoint(path)
-    net = checkpoint["built"]
-    net.load_state_dict(checkpoint[{"raw": "weights", "ema": "ema"}[weights]])
-    return net.to(device).eval().requires_grad_(False), checkpoint["config"], checkpoint["label_names"]
+    checkpoint = read_checkpoint(path, {"raw": "weights", "ema": "ema"}[weights])
+    net = checkpoint["built"].to(device).eval().requires_grad_(False)
+    return net, checkpoint["config"], checkpoint["label_names"]
+
+
+def streams(n, purpose, seed):
+    """Generators for n samples: what sample i draws is a function of (seed, i) alone, whatever the batch."""
+    return [torch.Generator().manual_seed(data.key(seed, purpose, i)) for i in range(n)]
 
 
 def noise(n, shape, seed):
-    """Noise of n samples: sample i's is a function of (seed, i) alone, whatever the batch."""
-    streams = [torch.Generator().manual_seed(data.key(seed, data.SAMPLE, i)) for i in range(n)]
-    return torch.stack([torch.randn(shape, generator=g) for g in streams])
+    return torch.stack([torch.randn(shape, generator=g) for g in streams(n, data.SAMPLE, seed)])
 
 
 def shape_of(config):
@@ -85,17 +85,17 @@ def generate(net, config, z, steps, solver="euler", states=None, y=None, guidanc
              tol=1e-4, start=0.0, known=None):
     """Follows the flow from z, at time start (0: noise), to samples, float32, shaped as z. Returns (samples, NFE).
 
-    known: (picture, hole, seed), to fill the hole in the picture only.
+    known: (picture, hole, noise), to fill the hole in the picture only, see `fm.inpaint`.
     """
     path = fm.PATHS[config["path"]]
     v = fm.velocity(net, config["predict"], path, y, guidance, interval)
     ts = [start + (1 - start) * t for t in fm.time_grid(steps, shift)]
     end_euler = config["predict"] == "x"
-    with autocast(z.device, config["bf16"]):
+    if solver == "dopri5" and states is None and not known:  # chooses its own steps, up to where x's velocity is 0/0
+        ts = [start, 1 - 1e-3 * (1 - start), 1.0] if end_euler else [start, 1.0]
+    with autocast(z.device, config["bf16"] and solver != "dopri5"):  # which would take rounding for error
         if known:
-            return fm.inpaint(v, z, *known[:2], ts, path, solver, end_euler, states, REPEATS, known[2])
-        if solver == "dopri5":  # chooses its own steps, up to where x-prediction's velocity is 0/0
-            ts = [start, 1 - 1e-3 * (1 - start), 1.0] if end_euler else [start, 1.0]
+            return fm.inpaint(v, z, *known, ts, path, solver, end_euler, states, tol)
         return fm.solve(v, z, ts, solver, end_euler, states, tol)
 
 
@@ -105,7 +105,7 @@ def parse_label(text, names, config):
         data.refuse(f"--label {text}: this network has learnt no labels; train with --cond all")
     words = names if text == "all" else text.split(",")
     for word in words:
-        if word not in names and not (word.isdigit() and int(word) < len(names)):
+        if word not in names and not (word.isdecimal() and int(word) < len(names)):
             data.refuse(f"--label {word}: not one of {', '.join(names)}")
     y = torch.tensor([names.index(word) if word in names else int(word) for word in words])
     if config["data"] not in ("faces", "celeba"):
@@ -134,15 +134,15 @@ def write(x, states, config, to, columns=None):
 
 
 def border_ratio(x, patch, stride):
-    """Mean squared step between neighbouring pixels where a patch begins or ends, over that elsewhere. A visible grid
-    of patches makes it large; without one it is what it is in the data. x: (B, C, H, W)."""
+    """Mean squared difference of neighbouring pixels where a patch begins or ends, over that elsewhere. A visible grid
+    of patches makes it larger than it is in the data. x: (B, C, H, W)."""
     steps = x.diff(dim=3).square().mean((0, 1, 2)) + x.diff(dim=2).square().mean((0, 1, 3))  # (W-1,)
     starts = torch.arange(0, x.shape[3] - patch + 1, stride)
     border = torch.isin(torch.arange(1, x.shape[3]), torch.cat([starts, starts + patch])).to(x.device)
     return (steps[border].mean() / steps[~border].mean()).item()
 
 
-def held_out(config, n):
+def held_out_data(config, n):
     """n samples that were not trained on, as a tensor: points, or bytes (n, C, H, W) as floats 0..255."""
     if config["data"] in data.POINTS:
         rng = np.random.default_rng(data.key(1, data.HELD_OUT, 0))
@@ -151,19 +151,19 @@ def held_out(config, n):
     return torch.from_numpy(images[data.split(len(images))[1][:n]]).permute(0, 3, 1, 2).float()
 
 
-def likelihood(net, config, n, steps, seed, device):
+def likelihood(net, config, n, steps, seed, device, batch=64):
     """Prints bits per dimension (pictures) or nats (points) of n held-out samples, with the standard error."""
     points = config["data"] in data.POINTS
-    x = held_out(config, n)
+    x = held_out_data(config, n)
     # Bytes become densities by adding the fraction that rounding took away: (b + u) / 256, stretched to [-1, 1].
-    x = x if points else (x + torch.rand(x.shape, generator=torch.Generator().manual_seed(seed))) / 128 - 1
+    g = torch.Generator().manual_seed(data.key(seed, data.TRACE))
+    x = x if points else (x + torch.rand(x.shape, generator=g)) / 128 - 1
     # From data to noise the training clamp is right: unclamped, an x-prediction's velocity is 0/0 at t = 1, and near
     # it blows up every error. Clamped, it is the field that was trained, and any field has a likelihood.
     v = fm.velocity(net, config["predict"], fm.PATHS[config["path"]], clamp=fm.CLAMP)
     parts = []
-    for part in x.split(n if points else 64):
-        sign = torch.randint(0, 2, part.shape, generator=torch.Generator().manual_seed(seed + 1)) * 2.0 - 1
-        probe = None if points else sign.to(device)
+    for part in x.split(n if points else batch):
+        probe = None if points else torch.randint(0, 2, part.shape, generator=g).to(device) * 2.0 - 1
         log_p, nfe = fm.log_likelihood(v, part.to(device), fm.time_grid(steps)[::-1], "heun", probe)
         parts.append(log_p.cpu())
     log_p = torch.cat(parts)
@@ -178,7 +178,7 @@ def sweep(net, config, e, y):
     points = config["data"] in data.POINTS
     config = {**config, "bf16": False}  # bfloat16's rounding would drown the differences between solvers
     exact, _ = generate(net, config, e, 100, "rk4", y=y)
-    fresh = held_out(config, len(e)).to(e.device) if points else None
+    fresh = held_out_data(config, len(e)).to(e.device) if points else None
     print("solver    steps or tol   NFE   RMS distance from the exact flow" + ("   W2 to data" if points else ""))
     trials = [(name, budget // cost) for name, cost in (("euler", 1), ("heun", 2), ("midpoint", 2), ("rk4", 4))
               for budget in (4, 8, 16, 32, 64)]
@@ -200,7 +200,7 @@ def read_picture(path, mode, res):
         with Image.open(path) as im:
             if (im.mode, im.size) == (mode, (res, res)):
                 return np.array(im).reshape(res, res, -1)
-    except OSError as error:
+    except Exception as error:  # whatever a broken file makes a decoder raise
         data.refuse(f"{path} is no picture that can be read ({error})")
     data.refuse(f"{path} is {im.mode} with {im.width}x{im.height} pixels, needed is {mode} with {res}x{res}; convert "
                 f"it: python -c \"from PIL import Image; Image.open('{path}').convert('{mode}').resize(({res}, {res}))"
@@ -232,7 +232,7 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0, help="sample i depends on (seed, i) only")
     parser.add_argument("--tol", type=float, default=1e-4, help="error that dopri5 allows itself per step")
     parser.add_argument("--shift", type=float, default=1.0, help="more than 1: smaller steps near the noise")
-    parser.add_argument("--label", default=None, help="a name or number, several (a,b), or all: a row each")
+    parser.add_argument("--label", default=None, help="class or attribute, by name or number; a,b; or all: a row each")
     parser.add_argument("--guidance", type=float, default=1.0, help="how strongly the label pulls; 1 is not at all")
     parser.add_argument("--interval", default="0.1,1", help="times between which guidance is on")
     modes = parser.add_mutually_exclusive_group()
@@ -252,8 +252,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     if any(number is not None and number < 1 for number in (args.n, args.steps, args.batch, args.columns)):
         data.refuse("--n, --steps, --batch and --columns must be at least 1")
-    if min(args.seed, args.bpd, args.interpolate) < 0 or not (args.tol > 0 and args.shift > 0):
+    if min(args.seed, args.bpd, args.interpolate) < 0 or not (args.tol > 0 and 0 < args.shift < math.inf):
         data.refuse("--seed, --bpd and --interpolate must not be negative, --tol and --shift must be more than 0")
+    if args.interpolate and args.n < 2:
+        data.refuse("--interpolate needs --n 2 or more noises to go between")
     if not 0 < args.strength <= 1:
         data.refuse(f"--strength {args.strength}: more than 0, at most 1")
     if bool(args.inpaint) != bool(args.mask):
@@ -261,8 +263,10 @@ def parse(argv):
     if args.guidance != 1 and not args.label:
         data.refuse("--guidance needs a --label to pull towards")
     try:
-        lo, hi = args.interval = tuple(float(part) for part in args.interval.split(","))
+        args.interval = low, high = tuple(map(float, args.interval.split(",")))
     except ValueError:
+        low, high = 1, 0
+    if not low <= high:
         data.refuse(f"--interval {args.interval}: two times, such as 0.1,1")
     return args
 
@@ -295,7 +299,7 @@ def main(argv=None):
     if points and device.type == "cpu":
         torch.set_num_threads(1)  # see train.py
     if args.bpd:
-        return likelihood(net, config, args.bpd, args.steps, args.seed, device)
+        return likelihood(net, config, args.bpd, args.steps, args.seed, device, args.batch or 64)
     e, start, known = noise(args.n, shape, args.seed).to(device), 0.0, None
     if args.sweep:
         return sweep(net, config, e, y)
@@ -313,22 +317,27 @@ def main(argv=None):
     if args.inpaint:
         hole = read_picture(args.mask, "L", config["res"])
         hole = torch.from_numpy(hole > 127).to(device).permute(2, 0, 1)
-        known = picture, hole, torch.Generator().manual_seed(data.key(args.seed, data.SAMPLE))
 
     size = args.batch or (len(e) if points else 64)
-    began, parts, states = time.time(), [], []
-    for part, label in zip(e.split(size), itertools.repeat(None) if y is None else y.split(size)):
+    generators, began, parts, states = streams(len(e), data.INPAINT, args.seed), time.time(), [], []
+    for i in range(0, len(e), size):
+        if args.inpaint:
+            known = picture, hole, lambda: torch.stack([torch.randn(shape, generator=g)
+                                                        for g in generators[i : i + size]]).to(device)
         states.append([] if to.suffix == ".gif" else None)
-        x, nfe = generate(net, config, part, args.steps, args.solver, states[-1], label, args.guidance, args.interval,
-                          args.shift, args.tol, start, known)
+        x, nfe = generate(net, config, e[i : i + size], args.steps, args.solver, states[-1],
+                          None if y is None else y[i : i + size], args.guidance, args.interval, args.shift, args.tol,
+                          start, known)
         parts.append(x)
     seconds = time.time() - began
     states = [torch.cat(batch) for batch in zip(*states)] if to.suffix == ".gif" else None
     x = torch.cat(parts)
     write(x, states, config, to, columns)
-    print(f"{len(e)} samples, {args.steps} steps of {args.solver}, NFE {nfe}, {len(e) / seconds:.1f} samples/s"
-          + (f", gradient at patch borders {border_ratio(x, config['patch'], config['stride']):.3f} of that elsewhere"
-             if config["model"] == "transformer" else ""))
+    how = f"dopri5 to {args.tol:g}" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
+    print(f"{len(e)} samples, {how}, NFE {nfe}, {len(e) / seconds:.1f} samples/s")
+    if config["model"] == "transformer":
+        ratio = border_ratio(x, config["patch"], config["stride"])
+        print(f"squared gradient at patch borders: {ratio:.3f} of that elsewhere")
     print(f"wrote {to}")
 
 

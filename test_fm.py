@@ -354,8 +354,8 @@ def test_inpainting_keeps_what_is_known_and_repeats_find_the_only_completion(pat
     right = {}
     for repeats in (1, 5, 25):
         z = torch.randn(200, 4, dtype=torch.float64)
-        z, nfe = fm.inpaint(fm.velocity(denoiser, path=path), z, wanted, hole, fm.time_grid(20), path, "heun", True,
-                            repeats=repeats)
+        z, nfe = fm.inpaint(fm.velocity(denoiser, path=path), z, wanted, hole, lambda: torch.randn_like(z),
+                            fm.time_grid(20), path, "heun", True, repeats=repeats)
         assert nfe == 39 * repeats
         torch.testing.assert_close(z[:, :2], wanted[:, :2], atol=1e-6, rtol=0)
         right[repeats] = ((z - wanted).abs().amax(1) < 0.01).double().mean()
@@ -529,6 +529,13 @@ def test_the_256_pixel_face_model_has_about_115M_parameters_and_441_tokens():
         net = model.build(**{**train.network(config), "attention": "hand"})
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(115e6, rel=0.01)
     assert net.position.shape == (441, 768)
+
+
+def test_presets_fit_every_resolution_with_several_patches_a_side():
+    for res in (*range(8, 65), 96, 128, 256, 512):
+        config = train.resolve({"data": "faces", "res": res})
+        model.check_stride(res, config.patch, config.stride)
+        assert (res - config.patch) // config.stride + 1 >= 4, (res, config.patch, config.stride)
 
 
 def test_time_embedding_tells_nearby_times_apart():
@@ -1025,7 +1032,8 @@ def quick_w2(monkeypatch):
 @pytest.mark.parametrize("extra", [[], ["--ot"], ["--predict", "x", "--path", "cosine"]], ids=str)
 def test_resuming_equals_never_stopping_to_the_bit(extra, quick_w2):
     base = [*MOONS, "--log", "5", "--preview", "10", *extra]
-    train.main([*base, "--steps", "20", "--out", "once"])
+    averaged = train.main([*base, "--steps", "20", "--out", "once"])
+    assert not any(w.requires_grad for w in averaged.parameters())  # or every step would stay in memory
     train.main([*base, "--steps", "12", "--out", "twice"])
     train.main(["--out", "twice", "--steps", "20", "--resume"])
     assert_same_training(state("once"), state("twice"))
@@ -1259,7 +1267,8 @@ def test_labels_and_guidance_steer_the_samples(labelled_run, monkeypatch, capsys
     assert width > 1.3 * height  # two rows of three
     refused(capsys, lambda: sample.main([run, "--label", "Bald"]), "--label Bald", "Smiling, Male")
     refused(capsys, lambda: sample.main([run, "--guidance", "3"]), "--label")
-    refused(capsys, lambda: sample.main([run, "--label", "Male", "--interval", "now"]), "--interval")
+    for interval in ("now", "0.9,0.1", "0,nan", "0.5"):
+        refused(capsys, lambda: sample.main([run, "--label", "Male", "--interval", interval]), "--interval")
 
 
 def test_conditions_that_the_data_do_not_have_are_refused(labelled_run, monkeypatch, capsys):
@@ -1302,6 +1311,8 @@ def test_inpainting_keeps_the_unmasked_part_exactly_and_fills_the_rest_different
         np.testing.assert_array_equal(filled[mask == 0], pixels[mask == 0])
     assert np.abs(x[0] - x[1]).max() > 1e-4
     assert Image.open("x.gif").n_frames == 4
+    sample.main([*args, "--n", "3", "--batch", "1", "--to", "y.npy"])
+    np.testing.assert_allclose(np.load("y.npy")[:2], np.load("x.npy"), atol=1e-5)  # a function of (seed, i) alone
 
 
 def test_inversion_finds_noise_that_leads_back_to_the_picture(faces_run, capsys):
@@ -1472,7 +1483,7 @@ def test_every_flag_changes_the_training(flag, monkeypatch):
     (["--stpes", "5"], ["--stpes", "--steps"]),
     (["--data", "nowhere"], ["nowhere", "faces"]),
     (["--data", "celeba", "--res", "256"], ["img_align_celeba.zip", "--root"]),
-    (["--stride", "5"], ["stride 5", "nearest that fit: 4, 6"]),
+    (["--stride", "5"], ["stride 5", "nearest that fit: 2, 4"]),
     (["--resume"], ["ckpt.pt", "--out"]),
     (["--predict", "score"], ["--predict"]),
     (["--steps", "many"], ["--steps"]),
@@ -1482,6 +1493,8 @@ def test_every_flag_changes_the_training(flag, monkeypatch):
     (["--res", "4"], ["--res"]),
     (["--device", "tpu"], ["tpu", "cpu"]),
     (["--data", "moons", "--model", "transformer"], ["--model"]),
+    (["--data", "moons", "--cond", "all"], ["--cond"]),
+    (["--seed", str(2**64)], ["--seed"]),
     (["--ema", "1.5"], ["--ema"]),
     (["--seed", "-1"], ["--seed"]),
     (["--warmup", "-1"], ["--warmup"]),
@@ -1519,6 +1532,8 @@ def test_resume_refuses_another_shape_a_finished_run_and_a_damaged_file(capsys, 
     (["RUN", "--solver", "magic"], ["--solver", "heun"]),
     (["RUN", "--device", "tpu"], ["tpu"]),
     (["RUN", "--batch", "0"], ["--batch"]),
+    (["RUN", "--interpolate", "5", "--n", "1"], ["--interpolate"]),
+    (["RUN", "--shift", "inf"], ["--shift"]),
     (["RUN", "--seed", "-1"], ["--seed"]),
     (["RUN", "--to", f"{HERE / 'fm.py'}/x.png"], ["fm.py"]),
 ], ids=str)

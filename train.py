@@ -43,7 +43,7 @@ class Config:
     """Every number of a run, and so every flag: `--name value`. The comment is the flag's help."""
 
     # what is learned
-    data: str = "faces"  # faces, celeba, moons, 8gaussians, checkerboard, spirals, or a folder or zip of pictures
+    data: str = "faces"  # faces, celeba, mnist, fashion, cifar10, moons, 8gaussians, checkerboard, spirals, or a path
     res: int = 32  # pixels a side; pictures are cropped to the centre square and resized
     root: str = "data"  # where datasets are looked for, and packed arrays kept (in cache/)
     flip: bool = True  # mirror half of the pictures, at random
@@ -55,7 +55,7 @@ class Config:
     loss: str = "v"  # in which of x, e, v the squared error is taken
     path: str = "linear"  # linear or cosine
     time: str = "logit-normal"  # logit-normal or uniform training times
-    t_mean: float = 0.0  # mean of the logit-normal; for pictures of 64 pixels and more -0.8 - log(res/256)
+    t_mean: float = 0.0  # mean of the logit-normal; above 32 pixels -0.8 - log(res/256)
     ot: bool = False  # pair noise with data by optimal transport
     ot_block: int = 64  # in groups of so many: the assignment costs O(n^3), the gain flattens about here
     cover: float = 0.0  # share of times drawn uniformly, so that all are seen; the loss is corrected for it
@@ -112,24 +112,25 @@ def preset(name, res, kind=None):
         fields = {}
     if kind == "unet":
         return fields | dict(width=32, depth=2, heads=4, optimizer="adamw", lr=2e-3)
-    patch, stride = fitting_patches(res, res // 16 if res >= 128 else 8)
-    return fields | (dict(patch=patch, stride=stride) if res != 32 else {})
+    patch, stride = fitting_patches(res, res // 16 if res >= 128 else res // 8)
+    return fields | dict(patch=patch, stride=stride)
 
 
 def fitting_patches(res, patch):
     """(patch, stride) that tile the picture: a patch of about the given size, and of it about three quarters."""
-    pairs = [(p, s) for p in range(patch // 2, 2 * patch) for s in model.strides_that_fit(res, p)]
+    pairs = [(p, s) for p in range(1, 2 * patch) for s in model.strides_that_fit(res, p)]
     return min(pairs, key=lambda pair: abs(pair[0] / patch - 1) + abs(pair[1] / pair[0] - 0.75))
 
 
 CHOICES = {"predict": ["x", "e", "v"], "loss": ["x", "e", "v"], "path": list(fm.PATHS),
            "time": ["logit-normal", "uniform"], "model": ["transformer", "unet", "mlp"], "norm": list(model.NORMS),
            "attention": list(model.ATTENTION), "optimizer": ["muon", "adamw"]}
-AT_LEAST = dict(res=8, lr=1e-9, clip=1e-9) | dict.fromkeys(
-    ("steps", "batch", "patch", "stride", "width", "depth", "heads", "ot_block", "log", "preview"), 1) | dict.fromkeys(
-    ("warmup", "decay", "jitter", "seed", "cooldown", "ema", "drop", "cover"), 0)
-AT_MOST = dict.fromkeys(("cooldown", "ema", "drop", "cover"), 1)
-# What a checkpoint's weights mean and its optimizers' state fits; none of it can change on the way.
+LIMITS = {"res": (8, math.inf), "lr": (1e-9, math.inf), "clip": (1e-9, math.inf), "seed": (0, 2**63 - 1)}
+LIMITS |= dict.fromkeys(("warmup", "decay", "jitter"), (0, math.inf))
+LIMITS |= dict.fromkeys(("cooldown", "ema", "drop", "cover"), (0, 1))
+LIMITS |= dict.fromkeys(("steps", "batch", "patch", "stride", "width", "depth", "heads", "ot_block", "log", "preview"),
+                        (1, math.inf))
+# If any of these changed, a checkpoint's weights would mean something else, or not fit.
 FIXED = ("data", "res", "predict", "path", "model", "patch", "stride", "width", "depth", "heads", "norm",
          "optimizer", "cond")
 PREVIEW_PICTURES, PREVIEW_STEPS, HELD_OUT_PICTURES = 16, 20, 200
@@ -167,11 +168,13 @@ def resolve(given):
     config = Config(**{"res": res, **preset(name, max(8, res), given.get("model")), **given})
     config.out = config.out or f"out/{data.stem(name)}" + ("" if name in data.POINTS else f"-{res}")
     for field, value in vars(config).items():
-        low, high = AT_LEAST.get(field, -math.inf), AT_MOST.get(field, math.inf)
+        low, high = LIMITS.get(field, (-math.inf, math.inf))
         if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
             data.refuse(f"--{field.replace('_', '-')} {value}: must lie between {low} and {high}")
     if Path(config.out).exists() and not Path(config.out).is_dir():
         data.refuse(f"--out {config.out}: there is a file of that name")
+    if config.cond and name in data.POINTS:
+        data.refuse(f"--cond {config.cond}: points have no labels")
     if (config.model == "mlp") != (name in data.POINTS):
         data.refuse(f"--model {config.model} does not go with --data {name}: mlp is for points, transformer and unet "
                     f"for pictures")
@@ -218,7 +221,7 @@ def batch(config, images, labels, step, rank, world, device):
     t = fm.sample_t(n, mean, cover=config.cover, generator=g, device=device)
     y = jitter = None
     if labels is not None:
-        y = torch.from_numpy(labels[chosen].astype(np.int64)).to(device)
+        y = torch.from_numpy(labels[chosen]).to(device)
         y[torch.rand(n, generator=g, device=device) < config.drop] = -1  # a coin for each sample
     if config.jitter:
         jitter = config.jitter * torch.randn(x.shape, generator=g, device=device)
@@ -239,10 +242,10 @@ def learning_rate(config, step):
 def make_optimizers(net, config):
     """AdamW alone, or Muon for the matrices inside the blocks and AdamW for the rest.
 
-    Muon (Jordan et al. 2024; torch.optim.Muon) replaces a matrix's gradient by the nearest orthogonal matrix, so that
-    all its directions learn at one pace. Scaled to the size of AdamW's steps, both share a learning rate. In short
-    runs it gets as far as AdamW in about half the steps. Three iterations towards the orthogonal matrix do here what
-    the usual five do.
+    Muon (Jordan et al. 2024; torch.optim.Muon) replaces a matrix's mean gradient by the nearest orthogonal matrix, so
+    that all its directions learn at one pace. Scaled to the size of AdamW's steps, both share a learning rate. In
+    short runs it gets as far as AdamW in about half the steps. Three iterations towards the orthogonal matrix do here
+    what the usual five do.
     """
     rest = dict(net.named_parameters())
     matrices = [name for name, w in rest.items() if w.ndim == 2 and "blocks." in name and "modulation" not in name]
@@ -256,7 +259,8 @@ def make_optimizers(net, config):
 
 @torch.no_grad()
 def held_out(net, config, images, labels, device):
-    """Loss on data never trained on, in ten bins of t from noise to data; the same data and noise each time."""
+    """Loss on held-out data in ten bins of t from noise to data; the same data and noise each time. All bins count the
+    same, unlike in training, and --ot pairs nothing here: compare held-out losses with one another."""
     y = None
     if images is None:
         x = torch.from_numpy(data.points(config.data, 1000, np.random.default_rng(data.key(0, data.HELD_OUT, 0))))
@@ -264,7 +268,7 @@ def held_out(net, config, images, labels, device):
         chosen = data.split(len(images))[1][:HELD_OUT_PICTURES]
         chosen = np.tile(chosen, math.ceil(10 / len(chosen)))  # a tiny dataset still fills ten bins
         x = data.to_tensor(images[chosen], torch.device("cpu"))
-        y = None if labels is None else torch.from_numpy(labels[chosen].astype(np.int64))
+        y = None if labels is None else torch.from_numpy(labels[chosen])
     e = torch.randn(x.shape, generator=torch.Generator().manual_seed(data.key(0, data.HELD_OUT, 1)))
     t = (torch.arange(len(x)) + 0.5) / len(x)
     with sample.autocast(device, config.bf16):
@@ -304,33 +308,29 @@ def resume_from(given):
     saved at the moment before it did. So k steps and then n - k more are the same as n steps at once, to the bit.
     """
     out = Path(resolve(given).out)
-    if not (out / "ckpt.pt").is_file():
-        data.refuse(f"nothing to resume: no {out / 'ckpt.pt'}; start without --resume, or name the run's folder: "
-                    f"--out DIR")
-    for path in filter(Path.is_file, (out / "ckpt.pt", out / "stable.pt")):
-        checkpoint = sample.read_checkpoint(path)
-        was, step = Config(**checkpoint["config"]), checkpoint["step"]
-        config = dataclasses.replace(was, **{**given, "out": str(out)})
-        for field in FIXED:
-            if getattr(config, field) != getattr(was, field):
-                data.refuse(f"--{field} {getattr(config, field)}: {path} was trained with {getattr(was, field)}; "
-                            f"leave the flag out, or start anew in another folder: --out DIR")
-        done = step if path.stem == "ckpt" else done
-        if done >= config.steps:
-            data.refuse(f"{out} is at step {done} already; to train longer, ask for more: --steps {2 * done}")
-        same = (config.steps, config.cooldown) == (was.steps, was.cooldown)
-        if path.stem == "ckpt" and same or step <= min(cooldown_start(was), cooldown_start(config)):
-            if step < done:
-                shutil.copyfile(out / "ckpt.pt", out / f"ckpt-{done}.pt")  # finished as it is, it may be wanted
+    last = sample.read_checkpoint(out / "ckpt.pt")
+    was, done = Config(**last["config"]), last["step"]
+    config = dataclasses.replace(was, **{**given, "out": str(out)})
+    for field in FIXED:
+        if getattr(config, field) != getattr(was, field):
+            data.refuse(f"--{field} {getattr(config, field)}: {out} was trained with {getattr(was, field)}; leave the "
+                        f"flag out, or start anew in another folder: --out DIR")
+    if done >= config.steps:
+        data.refuse(f"{out} is at step {done} already; to train longer, ask for more: --steps {2 * done}")
+    if (config.steps, config.cooldown) == (was.steps, was.cooldown):
+        return last, config
+    for checkpoint in (last, *map(sample.read_checkpoint, out.glob("stable.pt"))):
+        if checkpoint["step"] <= min(cooldown_start(Config(**checkpoint["config"])), cooldown_start(config)):
+            if checkpoint is not last:  # finished as it is, the last one may be wanted
+                shutil.copyfile(out / "ckpt.pt", out / f"ckpt-{done}.pt")
             return checkpoint, config
     data.refuse(f"{out} cannot become a run of {config.steps} steps: those cool down from step "
-                f"{cooldown_start(config)} on, and it is at {step}; ask for more: --steps {2 * config.steps}")
+                f"{cooldown_start(config)} on, and it is beyond; ask for more: --steps {2 * config.steps}")
 
 
 def set_aside(out):
     """A new run never overwrites an old one: what lies in its place moves to out/before-1, or -2, ..."""
-    ours = ("ckpt.pt", "stable.pt", "log.csv", "loss.png", "w2.csv", "samples")
-    old = [out / name for name in ours if (out / name).exists()]
+    old = [path for name in ("*.pt", "*.csv", "loss.png", "samples") for path in out.glob(name)]
     if old:
         place = next(p for p in (out / f"before-{i}" for i in range(1, 1_000_000)) if not p.exists())
         place.mkdir()
@@ -356,7 +356,7 @@ def write_log(out, rows):
         writer.writerows(rows)
     part.replace(out / "log.csv")
     curves = {name: [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
-              for name, column in (("training loss", "loss"), ("held-out loss", "held_out"))}
+              for name, column in (("training loss", "loss"), ("held-out loss, all t alike", "held_out"))}
     data.plot({name: tuple(zip(*curve)) for name, curve in curves.items() if curve}, "step").save(out / "loss.png")
 
 
@@ -365,7 +365,7 @@ def preview(ema, config, images, labels, device):
     y, n = None, 2000 if images is None else PREVIEW_PICTURES
     e = sample.noise(n, sample.shape_of(vars(config)), seed=0).to(device)
     if labels is not None:
-        y = torch.from_numpy(labels[np.resize(data.split(len(images))[1], n)].astype(np.int64)).to(device)
+        y = torch.from_numpy(labels[np.resize(data.split(len(images))[1], n)]).to(device)
     return sample.draw(sample.generate(ema, vars(config), e, PREVIEW_STEPS, y=y)[0], vars(config))
 
 
@@ -437,6 +437,8 @@ def main(argv=None):
     # torchrun says how many processes there are and which one this is.
     rank, world, local = (int(os.environ.get(name, default))
                           for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if rank > 0:  # only the first process speaks
+        sys.stdout = open(os.devnull, "w")
     device = sample.pick_device(config.device)
     if config.batch % world:
         data.refuse(f"--batch {config.batch} does not split evenly over {world} processes")
@@ -480,7 +482,8 @@ def main(argv=None):
         first = checkpoint["step"]
     weights, averaged = list(net.parameters()), list(ema.parameters())
     fast = DistributedDataParallel(net) if world > 1 else net
-    if device.type == "cuda" if config.compile is None else config.compile:
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    if compiled:
         fast = torch.compile(fast)
 
     def train_step(step):
@@ -499,15 +502,14 @@ def main(argv=None):
                 group.update(lr=learning_rate(config, step), weight_decay=config.decay)
             optimizer.step()
         # The average forgets the first weights fast: its memory grows with the run, up to 1 / (1 - ema) steps.
-        torch._foreach_lerp_(averaged, weights, 1 - min(config.ema, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, weights, 1 - min(config.ema, (1 + step) / (10 + step)))
         return loss.detach()
 
-    if rank == 0:
-        print(*(f"{name}={value}" for name, value in vars(config).items()))
-        print(f"{sum(w.numel() for w in weights) / 1e6:.2f}M parameters on {world} x {device.type}", flush=True)
+    print(*(f"{name}={value}" for name, value in vars(config).items()))
+    print(f"{sum(w.numel() for w in weights) / 1e6:.2f}M parameters on {world} x {device.type}", flush=True)
     if bench_only:
-        bench(config, sizes, train_step, device, world)
-        return
+        return bench(config, sizes, train_step, device, world)
 
     out = Path(config.out)
     if rank == 0:
@@ -547,8 +549,9 @@ def main(argv=None):
             total.zero_()
             counted, began = 0, time.time()
         if signalled > 0 and done < config.steps:
-            if rank == 0:
-                print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
+            print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
+            if world > 1:
+                dist.barrier()  # torchrun ends all when the first one ends, even one that still saves
             sys.exit(128 + int(signalled))
     if rank == 0:
         print(f"{time.time() - started:.0f} s; weights, log and pictures are in {out}/")
