@@ -532,6 +532,8 @@ def test_the_256_pixel_face_model_has_about_115M_parameters_and_441_tokens():
 
 
 def test_presets_fit_every_resolution_with_several_patches_a_side():
+    sizes = {res: vars(train.resolve({"data": "faces", "res": res})) for res in (32, 256)}
+    assert [(size["patch"], size["stride"]) for size in sizes.values()] == [(4, 4), (16, 12)]
     for res in (*range(8, 65), 96, 128, 256, 512):
         config = train.resolve({"data": "faces", "res": res})
         model.check_stride(res, config.patch, config.stride)

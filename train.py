@@ -117,9 +117,10 @@ def preset(name, res, kind=None):
 
 
 def fitting_patches(res, patch):
-    """(patch, stride) that tile the picture: a patch of about the given size, and of it about three quarters."""
+    """(patch, stride) that tile the picture: a patch of about the given size, and of it about three quarters, rather
+    more than less, for speed."""
     pairs = [(p, s) for p in range(1, 2 * patch) for s in model.strides_that_fit(res, p)]
-    return min(pairs, key=lambda pair: abs(pair[0] / patch - 1) + abs(pair[1] / pair[0] - 0.75))
+    return min(pairs, key=lambda pair: (abs(pair[0] / patch - 1) + abs(pair[1] / pair[0] - 0.75), -pair[1]))
 
 
 CHOICES = {"predict": ["x", "e", "v"], "loss": ["x", "e", "v"], "path": list(fm.PATHS),
