@@ -390,7 +390,10 @@ class UNet(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+KINDS = {"mlp": MLP, "transformer": Transformer, "unet": UNet}
+
+
 def build(kind, **sizes):
     """A network from plain numbers and strings, so that a checkpoint can rebuild its own. ValueError: sizes that
     do not fit together."""
-    return {"mlp": MLP, "transformer": Transformer, "unet": UNet}[kind](**sizes)
+    return KINDS[kind](**sizes)

@@ -304,7 +304,7 @@ def main(argv=None):
     if args.sweep:
         return sweep(net, config, e, y)
     if args.invert:
-        write(*invert(net, config, picture, args.steps, None if y is None else y[:1]), config, to, columns)
+        write(*invert(net, config, picture, args.steps, None if y is None else y[:1]), config, to, columns or 3)
         return print(f"wrote {to}")
     if args.interpolate:  # a row from each noise to the next
         columns, s = args.interpolate, torch.linspace(0, 1, args.interpolate).tolist()

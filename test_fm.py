@@ -1477,6 +1477,14 @@ def test_every_flag_changes_the_training(flag, monkeypatch):
     assert not same
 
 
+def test_the_step_is_compiled_if_asked_to(monkeypatch, quick_w2):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    for flag, count in (("--no-compile", 0), ("--compile", 1)):
+        train.main([*MOONS, "--steps", "1", flag])
+        assert len(compiled) == count
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Bad input
 

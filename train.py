@@ -124,7 +124,7 @@ def fitting_patches(res, patch):
 
 
 CHOICES = {"predict": ["x", "e", "v"], "loss": ["x", "e", "v"], "path": list(fm.PATHS),
-           "time": ["logit-normal", "uniform"], "model": ["transformer", "unet", "mlp"], "norm": list(model.NORMS),
+           "time": ["logit-normal", "uniform"], "model": list(model.KINDS), "norm": list(model.NORMS),
            "attention": list(model.ATTENTION), "optimizer": ["muon", "adamw"]}
 LIMITS = {"res": (8, math.inf), "lr": (1e-9, math.inf), "clip": (1e-9, math.inf), "seed": (0, 2**63 - 1)}
 LIMITS |= dict.fromkeys(("warmup", "decay", "jitter"), (0, math.inf))
@@ -183,15 +183,10 @@ def resolve(given):
 
 
 def network(config, labels=0):
-    """Sizes for model.build; labels: how many."""
-    if config.model == "mlp":
-        return dict(kind="mlp", width=config.width, depth=config.depth)
-    sizes = dict(res=config.res, channels=data.channels(config.data), width=config.width, depth=config.depth,
-                 heads=config.heads, labels=labels)
-    if config.model == "unet":
-        return dict(kind="unet", **sizes)
-    return dict(kind="transformer", patch=config.patch, stride=config.stride, norm=config.norm,
-                attention=config.attention, **sizes)
+    """What model.build needs: those fields of Config that the network has a parameter for. labels: how many."""
+    fields = vars(config) | dict(channels=data.channels(config.data), labels=labels)
+    wanted = inspect.signature(model.KINDS[config.model]).parameters
+    return dict(kind=config.model) | {name: fields[name] for name in wanted if name in fields}
 
 
 # ---------------------------------------------------------------------------------------------------------------
