@@ -4,6 +4,7 @@ Each holds a property against something that does not share its code: a closed f
 distributions, torch's own layers, a second process.
 """
 
+import dataclasses
 import gzip
 import hashlib
 import http.server
@@ -26,6 +27,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import torch.distributed.run
 import torch.nn.functional as F
 from PIL import Image
 
@@ -1033,7 +1035,7 @@ def quick_w2(monkeypatch):
 
 @pytest.mark.parametrize("extra", [[], ["--ot"], ["--predict", "x", "--path", "cosine"]], ids=str)
 def test_resuming_equals_never_stopping_to_the_bit(extra, quick_w2):
-    base = [*MOONS, "--log", "5", "--preview", "10", *extra]
+    base = [*MOONS, "--report", "5", "--preview", "10", *extra]
     averaged = train.main([*base, "--steps", "20", "--out", "once"])
     assert not any(w.requires_grad for w in averaged.parameters())  # or every step would stay in memory
     train.main([*base, "--steps", "12", "--out", "twice"])
@@ -1053,7 +1055,7 @@ def test_resuming_pictures_equals_never_stopping_to_the_bit():
 
 
 def test_sigterm_finishes_the_step_saves_and_resume_goes_on_to_the_same_end(quick_w2):
-    args = [*MOONS, "--steps", "1200", "--preview", "1200", "--log", "20"]
+    args = [*MOONS, "--steps", "1200", "--preview", "1200", "--report", "20"]
     start = [sys.executable, HERE / "train.py", *args, "--out", "killed"]
     process = subprocess.Popen(start, stdout=subprocess.PIPE, text=True)
     while "step " not in (line := process.stdout.readline()):
@@ -1140,6 +1142,13 @@ def test_two_processes_learn_what_one_does_with_the_same_batch(monkeypatch, quic
         torch.testing.assert_close(one[k], rank0[k], atol=1e-4, rtol=0)
 
 
+def test_torchrun_takes_none_of_our_flags_for_its_own():
+    theirs = torch.distributed.run.get_args_parser()._option_string_actions
+    ours = ["resume", "bench", *(field.name for field in dataclasses.fields(train.Config))]
+    ours = ["--" + name.replace("_", "-") for name in ours]
+    assert not [(our, their) for our in ours for their in theirs if their.startswith(our)]
+
+
 def test_moons_train_to_moons_and_w2_is_logged():
     train.main(["--data", "moons", "--device", "cpu", "--steps", "600", "--width", "64", "--cooldown", "0.5"])
     rows = dict(line.split(",") for line in Path("out/moons/w2.csv").read_text().split()[1:])
@@ -1173,7 +1182,7 @@ def faces_run(tmp_path_factory):
     """A tiny run of the default command, for the tests below to sample from."""
     folder = tmp_path_factory.mktemp("run")
     make_pictures(folder / "pets", 30)
-    often = ["--steps", 4, "--preview", 2, "--log", 1, "--no-bf16"]
+    often = ["--steps", 4, "--preview", 2, "--report", 1, "--no-bf16"]
     done = command("train.py", "--data", "pets", "--res", 16, *TINY, *often, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout

@@ -85,7 +85,7 @@ class Config:
     bf16: bool = True  # matrix products in bfloat16, where the hardware has them
     compile: bool = None  # torch.compile; by default on CUDA, where it pays at once
     out: str = ""  # where results go; by default out/<data>-<res>
-    log: int = 20  # steps between lines of the log
+    report: int = 20  # steps between lines of progress
     preview: int = 175  # steps between previews, held-out losses and checkpoints
 
 
@@ -96,17 +96,17 @@ def preset(name, res, kind=None):
     """
     if name in data.POINTS:
         return dict(model="mlp", width=64, predict="v", time="uniform", optimizer="adamw", steps=3000, batch=256,
-                    lr=2e-3, ema=0.999, log=200, preview=1000)
+                    lr=2e-3, ema=0.999, report=200, preview=1000)
     fields = dict(t_mean=fm.logit_normal_mean(res))
     if name in data.OFFICIAL:
         kind = kind or "unet"
         fields = dict(model="unet", cond="all", flip=name != "mnist", t_mean=-0.4, steps=2000, batch=64, warmup=100,
-                      ema=0.995, log=50, preview=500)
+                      ema=0.995, report=50, preview=500)
     elif res >= 128:  # at 256: JiT-B/16 with patches that overlap, about 115M parameters
         fields |= dict(width=768, depth=12, heads=12, optimizer="adamw", lr=2e-4, batch=128, steps=160_000,
-                       warmup=2000, cooldown=0.0, ema=0.9999, log=50, preview=2000)
+                       warmup=2000, cooldown=0.0, ema=0.9999, report=50, preview=2000)
     elif res > 32:
-        fields |= dict(width=384, depth=8, heads=6, batch=64, lr=1e-3, steps=20_000, warmup=500, ema=0.999, log=50,
+        fields |= dict(width=384, depth=8, heads=6, batch=64, lr=1e-3, steps=20_000, warmup=500, ema=0.999, report=50,
                        preview=1000)
     else:  # at 32 pixels the formula's mean, 1.3, sees too little noise in so few steps: faces fall apart
         fields = {}
@@ -129,8 +129,7 @@ CHOICES = {"predict": ["x", "e", "v"], "loss": ["x", "e", "v"], "path": list(fm.
 LIMITS = {"res": (8, math.inf), "lr": (1e-9, math.inf), "clip": (1e-9, math.inf), "seed": (0, 2**63 - 1)}
 LIMITS |= dict.fromkeys(("warmup", "decay", "jitter"), (0, math.inf))
 LIMITS |= dict.fromkeys(("cooldown", "ema", "drop", "cover"), (0, 1))
-LIMITS |= dict.fromkeys(("steps", "batch", "patch", "stride", "width", "depth", "heads", "ot_block", "log", "preview"),
-                        (1, math.inf))
+LIMITS |= dict.fromkeys("steps batch patch stride width depth heads ot_block report preview".split(), (1, math.inf))
 # If any of these changed, a checkpoint's weights would mean something else, or not fit.
 FIXED = ("data", "res", "predict", "path", "model", "patch", "stride", "width", "depth", "heads", "norm",
          "optimizer", "cond")
@@ -527,7 +526,7 @@ def main(argv=None):
         if world > 1:
             dist.all_reduce(signalled, dist.ReduceOp.MAX)  # between CPUs; so that all leave after the same step
         last = done == config.steps or signalled > 0
-        if rank == 0 and (last or done % config.log == 0 or done % config.preview == 0):
+        if rank == 0 and (last or done % config.report == 0 or done % config.preview == 0):
             loss = total.item() / counted  # the one place where the CPU waits for the device
             if not np.isfinite(loss):
                 data.refuse(f"the loss is no longer finite at step {done}; {out / 'ckpt.pt'} is left as it was; "
