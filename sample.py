@@ -21,7 +21,6 @@ import fm
 import model
 
 
-
 def pick_device(name):
     """"auto" is the best there is. An absent device is the user's mistake."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -74,6 +73,7 @@ def streams(n, purpose, seed):
 
 
 def noise(n, shape, seed):
+    """(n, *shape), standard normal, on the CPU."""
     return torch.stack([torch.randn(shape, generator=g) for g in streams(n, data.SAMPLE, seed)])
 
 

@@ -1113,9 +1113,12 @@ def test_diverging_weights_never_replace_a_checkpoint(capsys, quick_w2):
 def test_a_new_run_sets_the_old_one_aside(quick_w2):
     args = [*MOONS, "--steps", "3"]
     train.main(args)
+    for name in ("ckpt-2.pt", "mine.csv"):
+        Path(f"out/moons/{name}").write_text("kept")
     before = Path("out/moons/ckpt.pt").read_bytes()
     train.main([*args, "--seed", "1"])
     assert Path("out/moons/before-1/ckpt.pt").read_bytes() == before != Path("out/moons/ckpt.pt").read_bytes()
+    assert Path("out/moons/before-1/ckpt-2.pt").exists() and Path("out/moons/mine.csv").exists()  # not ours to move
 
 
 def test_two_processes_learn_what_one_does_with_the_same_batch(monkeypatch, quick_w2):

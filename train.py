@@ -325,7 +325,8 @@ def resume_from(given):
 
 def set_aside(out):
     """A new run never overwrites an old one: what lies in its place moves to out/before-1, or -2, ..."""
-    old = [path for name in ("*.pt", "*.csv", "loss.png", "samples") for path in out.glob(name)]
+    ours = ("ckpt*.pt", "stable.pt", "log.csv", "w2.csv", "loss.png", "samples")
+    old = [path for name in ours for path in out.glob(name)]
     if old:
         place = next(p for p in (out / f"before-{i}" for i in range(1, 1_000_000)) if not p.exists())
         place.mkdir()
@@ -413,8 +414,9 @@ def bench(config, sizes, train_step, device, world):
         print(f"  {rate / top:.0%} of a plain {kind} matrix product's {top / 1e9:,.0f} GFLOP/s".replace("torch.", ""))
     if device.type == "cuda":
         gpu, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
-        peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in gpu), math.nan)
-        print(f"  {gpu}  MFU {rate / world / peak / 1e12:.1%} of {peak} TFLOP/s  peak memory {memory:.1f} GiB")
+        peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in gpu), None)
+        mfu = f"MFU {rate / world / peak / 1e12:.1%} of {peak} TFLOP/s (datasheet)" if peak else "MFU unknown"
+        print(f"  {gpu}  {mfu}  peak memory {memory:.1f} GiB")
 
 
 # Dense bf16 with float32 sums, from the makers' datasheets.
