@@ -14,14 +14,12 @@ import csv
 import dataclasses
 import difflib
 import inspect
-import math
 import os
 import re
 import shutil
 import signal
 import sys
 import time
-import timeit
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -97,7 +95,8 @@ def preset(name, res, kind=None):
     if name in data.POINTS:
         return dict(model="mlp", width=64, predict="v", time="uniform", optimizer="adamw", steps=3000, batch=256,
                     lr=2e-3, ema=0.999, report=200, preview=1000)
-    fields = dict(t_mean=fm.logit_normal_mean(res))
+    # At 32 pixels the formula's mean, 1.3, sees too little noise in so few steps: faces fall apart.
+    fields = dict(t_mean=fm.logit_normal_mean(res)) if res > 32 else {}
     if name in data.OFFICIAL:
         kind = kind or "unet"
         fields = dict(model="unet", cond="all", flip=name != "mnist", t_mean=-0.4, steps=2000, batch=64, warmup=100,
@@ -108,8 +107,6 @@ def preset(name, res, kind=None):
     elif res > 32:
         fields |= dict(width=384, depth=8, heads=6, batch=64, lr=1e-3, steps=20_000, warmup=500, ema=0.999, report=50,
                        preview=1000)
-    else:  # at 32 pixels the formula's mean, 1.3, sees too little noise in so few steps: faces fall apart
-        fields = {}
     if kind == "unet":
         return fields | dict(width=32, depth=2, heads=4, optimizer="adamw", lr=2e-3)
     patch, stride = fitting_patches(res, res // 16 if res >= 128 else res // 8)
@@ -123,40 +120,35 @@ def fitting_patches(res, patch):
     return min(pairs, key=lambda pair: (abs(pair[0] / patch - 1) + abs(pair[1] / pair[0] - 0.75), -pair[1]))
 
 
-CHOICES = {"predict": ["x", "e", "v"], "loss": ["x", "e", "v"], "path": list(fm.PATHS),
-           "time": ["logit-normal", "uniform"], "model": list(model.KINDS), "norm": list(model.NORMS),
-           "attention": list(model.ATTENTION), "optimizer": ["muon", "adamw"]}
-LIMITS = {"res": (8, math.inf), "lr": (1e-9, math.inf), "clip": (1e-9, math.inf), "seed": (0, 2**63 - 1)}
-LIMITS |= dict.fromkeys(("warmup", "decay", "jitter"), (0, math.inf))
-LIMITS |= dict.fromkeys(("cooldown", "ema", "drop", "cover"), (0, 1))
-LIMITS |= dict.fromkeys("steps batch patch stride width depth heads ot_block report preview".split(), (1, math.inf))
+CHOICES = {"predict": ["x", "e", "v"], "loss": ["x", "e", "v"], "path": fm.PATHS, "time": ["logit-normal", "uniform"],
+           "model": model.KINDS, "norm": model.NORMS, "attention": model.ATTENTION, "optimizer": ["muon", "adamw"]}
+# Whole numbers start at 1, others at 0, and both end where float32 does (not at infinity), but for these.
+LOWEST = {"res": 8, "seed": 0, "warmup": 0, "lr": 1e-9, "clip": 1e-9, "t_mean": -1e38}
+HIGHEST = {"cooldown": 1, "ema": 1, "drop": 1, "cover": 1, "seed": 2**63 - 1}
 # If any of these changed, a checkpoint's weights would mean something else, or not fit.
-FIXED = ("data", "res", "predict", "path", "model", "patch", "stride", "width", "depth", "heads", "norm",
-         "optimizer", "cond")
+FIXED = "data res predict path model patch stride width depth heads norm optimizer cond".split()
 PREVIEW_PICTURES, PREVIEW_STEPS, HELD_OUT_PICTURES = 16, 20, 200
 
 
 def parse(argv):
     """Command line -> (given fields, resume, bench). The flags and their help are Config and its comments."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = data.refuse
-    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config).replace("%", "%%"), re.M))
     for field in dataclasses.fields(Config):
         how = dict(type=field.type, choices=CHOICES.get(field.name), metavar=field.name.upper())
         if field.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
-        default = "" if field.default in (None, "") else f" [{field.default}]"
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=(helps[field.name] + default).replace("%", "%%"), **how)
+        parser.add_argument("--" + field.name.replace("_", "-"), help=f"{helps[field.name]} [{field.default}]", **how)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--bench", action="store_true", help="time the training step instead of training")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
-        data.refuse(f"no flag {unknown[0]}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        data.refuse(f"no flag {unknown[0]}; did you mean {near[0] if near else '--help'}?")
     given = vars(args)
-    return given, given.pop("resume"), given.pop("bench")
+    return given, given.pop("resume", False), given.pop("bench", False)
 
 
 def resolve(given):
@@ -164,20 +156,15 @@ def resolve(given):
     name = given.get("data", Config.data)
     if not name:
         data.refuse("--data needs a name or a path")
-    res = given.get("res", data.OFFICIAL[name]["res"] if name in data.OFFICIAL else Config.res)
-    config = Config(**{"res": res, **preset(name, max(8, res), given.get("model")), **given})
-    config.out = config.out or f"out/{data.stem(name)}" + ("" if name in data.POINTS else f"-{res}")
-    for field, value in vars(config).items():
-        low, high = LIMITS.get(field, (-math.inf, math.inf))
-        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+    for field, value in given.items():
+        low, high = LOWEST.get(field, 1 if type(value) is int else 0), HIGHEST.get(field, 1e38)
+        if type(value) in (int, float) and not low <= value <= high:
             data.refuse(f"--{field.replace('_', '-')} {value}: must lie between {low} and {high}")
-    if Path(config.out).exists() and not Path(config.out).is_dir():
-        data.refuse(f"--out {config.out}: there is a file of that name")
-    if config.cond and name in data.POINTS:
-        data.refuse(f"--cond {config.cond}: points have no labels")
+    res = given.get("res", data.OFFICIAL[name]["res"] if name in data.OFFICIAL else Config.res)
+    config = Config(**{"res": res, **preset(name, res, given.get("model")), **given})
+    config.out = config.out or f"out/{data.stem(name)}" + ("" if name in data.POINTS else f"-{res}")
     if (config.model == "mlp") != (name in data.POINTS):
-        data.refuse(f"--model {config.model} does not go with --data {name}: mlp is for points, transformer and unet "
-                    f"for pictures")
+        data.refuse(f"--model {config.model} --data {name}: mlp is for points, transformer and unet are for pictures")
     return config
 
 
@@ -204,8 +191,7 @@ def batch(config, images, labels, step, rank, world, device):
         x = torch.from_numpy(data.points(config.data, n, np.random.default_rng(seed))).to(device)
     else:
         train, _ = data.split(len(images))
-        chosen = data.batch_indices(len(train), config.batch, step, config.seed)[rank * n : (rank + 1) * n]
-        chosen = train[chosen]
+        chosen = train[data.batch_indices(len(train), config.batch, step, config.seed).reshape(world, n)[rank]]
         x = data.to_tensor(images[chosen], device)
         if config.flip:
             x = torch.where(torch.rand(n, 1, 1, 1, generator=g, device=device) < 0.5, x, x.flip(3))
@@ -214,12 +200,11 @@ def batch(config, images, labels, step, rank, world, device):
         e = fm.ot_pair(x, e, config.ot_block)
     mean = config.t_mean if config.time == "logit-normal" else None
     t = fm.sample_t(n, mean, cover=config.cover, generator=g, device=device)
-    y = jitter = None
+    y = None
     if labels is not None:
         y = torch.from_numpy(labels[chosen]).to(device)
         y[torch.rand(n, generator=g, device=device) < config.drop] = -1  # a coin for each sample
-    if config.jitter:
-        jitter = config.jitter * torch.randn(x.shape, generator=g, device=device)
+    jitter = config.jitter * torch.randn(x.shape, generator=g, device=device) if config.jitter else None
     return x, e, t, y, jitter
 
 
@@ -245,49 +230,41 @@ def make_optimizers(net, config):
     rest = dict(net.named_parameters())
     matrices = [name for name, w in rest.items() if w.ndim == 2 and "blocks." in name and "modulation" not in name]
     matrices = [rest.pop(name) for name in matrices if config.optimizer == "muon"]
-    optimizers = [torch.optim.AdamW(rest.values(), config.lr, (0.9, 0.95), weight_decay=config.decay, fused=True)]
+    optimizers = [torch.optim.AdamW(rest.values(), betas=(0.9, 0.95), fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, config.lr, config.decay, adjust_lr_fn="match_rms_adamw",
-                                           ns_steps=3))
-    return optimizers
+        optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", ns_steps=3))
+    return optimizers  # each step sets their learning rate and weight decay
 
 
 @torch.no_grad()
 def held_out(net, config, images, labels, device):
     """Loss on held-out data in ten bins of t from noise to data; the same data and noise each time. All bins count the
     same, unlike in training, and --ot pairs nothing here: compare held-out losses with one another."""
-    y = None
     if images is None:
-        x = torch.from_numpy(data.points(config.data, 1000, np.random.default_rng(data.key(0, data.HELD_OUT, 0))))
+        x, y = sample.held_out_data(vars(config), 1000), None
     else:
-        chosen = data.split(len(images))[1][:HELD_OUT_PICTURES]
-        chosen = np.tile(chosen, math.ceil(10 / len(chosen)))  # a tiny dataset still fills ten bins
-        x = data.to_tensor(images[chosen], torch.device("cpu"))
-        y = None if labels is None else torch.from_numpy(labels[chosen])
+        chosen = np.resize(data.split(len(images))[1], HELD_OUT_PICTURES)  # a tiny dataset repeats itself
+        x = data.to_tensor(images[chosen], device)
+        y = None if labels is None else torch.from_numpy(labels[chosen]).to(device)
     e = torch.randn(x.shape, generator=torch.Generator().manual_seed(data.key(0, data.HELD_OUT, 1)))
-    t = (torch.arange(len(x)) + 0.5) / len(x)
+    t = (torch.arange(len(x), device=device) + 0.5) / len(x)
     with sample.autocast(device, config.bf16):
-        losses = [fm.loss(net, *(None if part is None else part[i].to(device) for part in (x, e, t, y)),
-                          config.predict, config.loss, fm.PATHS[config.path]) for i in torch.arange(len(x)).split(50)]
-    return [part.mean().item() for part in torch.cat(losses).tensor_split(10)]
+        losses = fm.loss(net, x.to(device), e.to(device), t, y, config.predict, config.loss, fm.PATHS[config.path])
+    return [part.mean().item() for part in losses.tensor_split(10)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a run leaves behind
 
 
-def save(path, net, ema, optimizers, config, step, sizes, label_names):
+def save(path, checkpoint):
     """Replaces path whole or not at all: a kill or a full disk leaves the old file. Refuses broken weights."""
-    weights = net.state_dict()
-    if not torch.stack([w.isfinite().all() for w in weights.values()]).all():
-        data.refuse(f"the weights are no longer finite at step {step}; {path} is left as it was; try a lower --lr",
-                    status=1)
+    if not all(w.isfinite().all() for w in checkpoint["weights"].values()):
+        data.refuse(f"the weights are no longer finite; {path} is left as it was; try a lower --lr", status=1)
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            torch.save({"step": step, "config": vars(config), "net": sizes,
-                        "label_names": label_names, "weights": weights, "ema": ema.state_dict(),
-                        "optimizers": [o.state_dict() for o in optimizers]}, file)
+            torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -312,15 +289,14 @@ def resume_from(given):
                         f"flag out, or start anew in another folder: --out DIR")
     if done >= config.steps:
         data.refuse(f"{out} is at step {done} already; to train longer, ask for more: --steps {2 * done}")
-    if (config.steps, config.cooldown) == (was.steps, was.cooldown):
+    falls = cooldown_start(config)  # up to there, as up to where it fell before, the rate does not depend on --steps
+    if done <= min(cooldown_start(was), falls) or (config.steps, config.cooldown) == (was.steps, was.cooldown):
         return last, config
-    for checkpoint in (last, *map(sample.read_checkpoint, out.glob("stable.pt"))):
-        if checkpoint["step"] <= min(cooldown_start(Config(**checkpoint["config"])), cooldown_start(config)):
-            if checkpoint is not last:  # finished as it is, the last one may be wanted
-                shutil.copyfile(out / "ckpt.pt", out / f"ckpt-{done}.pt")
-            return checkpoint, config
-    data.refuse(f"{out} cannot become a run of {config.steps} steps: those cool down from step "
-                f"{cooldown_start(config)} on, and it is beyond; ask for more: --steps {2 * config.steps}")
+    for stable in map(sample.read_checkpoint, out.glob("stable.pt")):
+        if stable["step"] <= falls:
+            shutil.copyfile(out / "ckpt.pt", out / f"ckpt-{done}.pt")  # finished as it is, it may be wanted
+            return stable, config
+    data.refuse(f"{out} is at step {done}, but {config.steps} steps cool down from {falls} on: ask for more --steps")
 
 
 def set_aside(out):
@@ -338,85 +314,62 @@ def set_aside(out):
 COLUMNS = ["step", "loss", "lr", "samples_s", "held_out", *(f"t{i}" for i in range(10))]
 
 
-def read_log(out):
-    path = out / "log.csv"
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
 def write_log(out, rows):
-    """log.csv and its picture, whole, so that no kill leaves half a line."""
-    part = out / "log.part"
-    with open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(out / "log.csv")
-    curves = {name: [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+    """log.csv and its picture. What a kill leaves half written is written again: the checkpoint has the rows, too."""
+    with open(out / "log.csv", "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *([row.get(name) for name in COLUMNS] for row in rows)])
+    curves = {name: [(row["step"], row[column]) for row in rows if column in row]
               for name, column in (("training loss", "loss"), ("held-out loss, all t alike", "held_out"))}
     data.plot({name: tuple(zip(*curve)) for name, curve in curves.items() if curve}, "step").save(out / "loss.png")
 
 
 def preview(ema, config, images, labels, device):
     """A picture of samples, always from the same noise (and held-out labels), so that previews can be compared."""
-    y, n = None, 2000 if images is None else PREVIEW_PICTURES
+    n = 2000 if images is None else PREVIEW_PICTURES
+    y = None if labels is None else torch.from_numpy(labels[np.resize(data.split(len(images))[1], n)]).to(device)
     e = sample.noise(n, sample.shape_of(vars(config)), seed=0).to(device)
-    if labels is not None:
-        y = torch.from_numpy(labels[np.resize(data.split(len(images))[1], n)]).to(device)
-    return sample.draw(sample.generate(ema, vars(config), e, PREVIEW_STEPS, y=y)[0], vars(config))
-
-
-def report(config, row, rate):
-    """One line of progress."""
-    left = (config.steps - row["step"]) * config.batch / rate
-    print(f"step {row['step']:>6,}/{config.steps:,}  loss {row['loss']:.4f}"
-          + (f"  held out {row['held_out']:.4f}" if "held_out" in row else "")
-          + f"  {rate:,.0f} samples/s  ETA {timedelta(seconds=round(left))}", flush=True)
+    x, _ = sample.generate(ema, vars(config), e, PREVIEW_STEPS, y=y)
+    return sample.draw(x, vars(config))
 
 
 def wasserstein(ema, config, device):
     """How far samples are from fresh data, by number of Euler steps: exact W2 on 2,048 points (claims of straighter
     paths are claims about few steps). Returns {steps: W2}; 0 steps stands for the floor, data against data."""
-    fresh = [torch.from_numpy(data.points(config.data, 2048, np.random.default_rng(data.key(1, data.HELD_OUT, i))))
-             for i in range(2)]
+    fresh, other = (torch.from_numpy(data.points(config.data, 2048, np.random.default_rng(data.key(1, data.HELD_OUT, i))))
+                    for i in range(2))
     e = sample.noise(2048, (2,), seed=1).to(device)
-    clouds = {0: fresh[1]} | {k: sample.generate(ema, vars(config), e, k)[0].cpu() for k in (1, 2, 4, 10, 100)}
+    clouds = {0: other} | {k: sample.generate(ema, vars(config), e, k)[0].cpu() for k in (1, 2, 4, 10, 100)}
     with ThreadPoolExecutor() as pool:  # scipy's assignment releases the GIL
-        return dict(zip(clouds, pool.map(lambda cloud: fm.w2(fresh[0], cloud), clouds.values())))
+        return dict(zip(clouds, pool.map(lambda cloud: fm.w2(fresh, cloud), clouds.values())))
 
 
 def bench(config, sizes, train_step, device, world):
-    """Times the training step: warm-up, then the median of ten repeats."""
+    """Times the training step."""
+    calls = 10 if device.type == "cuda" else 1  # in a row, so that a GPU's queue stays filled
 
-    def seconds(f, n=10 if device.type == "cuda" else 1):
-        def run():
-            for i in range(n):  # several, so that a GPU's queue stays filled
-                f(i)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        return float(np.median(timeit.repeat(run, number=1, repeat=13)[3:])) / n
+    def seconds(f):
+        """Median time of a call over five repeats, each after a warm-up. As many on every process: they wait for
+        one another in each step."""
+        timer = Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
+        return np.median([timer.timeit(calls).mean for _ in range(5)])
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    step = seconds(train_step)
-    with torch.device("meta"):  # shapes without numbers, to count; attention written out, so that all of it counts
-        net = model.build(**{name: "hand" if name == "attention" else size for name, size in sizes.items()})
-        with FlopCounterMode(display=False) as counter:
-            net(torch.empty(1, *sample.shape_of(vars(config))), torch.empty(1))
+    step = seconds(lambda: train_step(0))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers, to count
+        model.build(**sizes)(torch.empty(1, *sample.shape_of(vars(config))), torch.empty(1))
     flop = 3 * counter.get_total_flops()  # the backward pass costs two forward passes
     rate = config.batch / step * flop
     print(f"{step * 1e3:.1f} ms/step  {config.batch / step:,.1f} samples/s  {flop / 1e9:.3f} GFLOP/sample  "
           f"{rate / 1e9:,.0f} GFLOP/s")
     n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device)
     for kind in (torch.float32, torch.bfloat16)[: 1 + sample.has_bf16(device)]:
-        b = a.to(kind)
-        top = 2 * n**3 / seconds(lambda _: b @ b) * world
+        a = torch.randn(n, n, dtype=kind, device=device)
+        top = 2 * n**3 / seconds(lambda: a @ a) * world
         print(f"  {rate / top:.0%} of a plain {kind} matrix product's {top / 1e9:,.0f} GFLOP/s".replace("torch.", ""))
     if device.type == "cuda":
         gpu, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
-        peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in gpu), None)
-        mfu = f"MFU {rate / world / peak / 1e12:.1%} of {peak} TFLOP/s (datasheet)" if peak else "MFU unknown"
-        print(f"  {gpu}  {mfu}  peak memory {memory:.1f} GiB")
+        mfu = [f"MFU {rate / world / peak / 1e12:.1%} of {peak} TFLOP/s (datasheet)"
+               for name, peak in PEAK_TFLOPS.items() if name in gpu]
+        print(f"  {gpu}", *mfu, f"peak memory {memory:.1f} GiB", sep="  ")
 
 
 # Dense bf16 with float32 sums, from the makers' datasheets.
@@ -427,13 +380,28 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 5090": 2
 # The run
 
 
+def load(config, local, world):
+    """(images, labels, label_names) as the run needs them: None, None and [] where there are none."""
+    images, labels, label_names = None, None, []
+    if config.data not in data.POINTS:
+        if local > 0:
+            dist.barrier()  # while the first process of this machine packs
+        if config.download and config.data in data.OFFICIAL:
+            data.download(config.data, Path(config.root))
+        images, labels, label_names = data.load(config.data, config.root, config.res)
+        if world > 1 and local == 0:
+            dist.barrier()
+    labels, label_names = data.choose_labels(labels, label_names, config.cond) if config.cond else (None, [])
+    return images, labels, label_names
+
+
 def main(argv=None):
     """Trains as the command line says; returns the averaged network."""
     given, resume, bench_only = parse(argv)
-    checkpoint, config = resume_from(given) if resume else (None, resolve(given))
-    # torchrun says how many processes there are and which one this is.
-    rank, world, local = (int(os.environ.get(name, default))
-                          for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    checkpoint, config = resume_from(given) if resume else ({"step": 0, "log": []}, resolve(given))
+    # torchrun says how many processes there are and which one this is, of all and on its machine.
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     if rank > 0:  # only the first process speaks
         sys.stdout = open(os.devnull, "w")
     device = sample.pick_device(config.device)
@@ -454,33 +422,19 @@ def main(argv=None):
     if config.model == "mlp" and device.type == "cpu":
         torch.set_num_threads(1)  # its layers take microseconds, sharing one among threads takes longer
 
-    images, labels, label_names = None, None, []
-    if config.data not in data.POINTS:
-        for turn in (0, 1):  # one process of a machine packs while the others wait
-            if turn == (local > 0):
-                if config.download and config.data in data.OFFICIAL and turn == 0:
-                    data.download(config.data, Path(config.root))
-                images, labels, label_names = data.load(config.data, config.root, config.res)
-            if world > 1:
-                dist.barrier()
-        labels, label_names = data.choose_labels(labels, label_names, config.cond) if config.cond else (None, [])
-
+    images, labels, label_names = load(config, local, world)
     torch.manual_seed(config.seed)
     sizes = network(config, len(label_names))
     net = model.build(**sizes).to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizers = make_optimizers(net, config)
-    first = 0
-    if checkpoint:
-        net.load_state_dict(checkpoint["weights"])
-        ema.load_state_dict(checkpoint["ema"])
-        for optimizer, kept in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(kept)
-        first = checkpoint["step"]
+    if resume:
+        states = checkpoint["weights"], checkpoint["ema"], *checkpoint["optimizers"]
+        for part, state in zip((net, ema, *optimizers), states):
+            part.load_state_dict(state)
     weights, averaged = list(net.parameters()), list(ema.parameters())
-    fast = DistributedDataParallel(net) if world > 1 else net
-    compiled = device.type == "cuda" if config.compile is None else config.compile
-    if compiled:
+    fast = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    if config.compile or (config.compile is None and device.type == "cuda"):
         fast = torch.compile(fast)
 
     def train_step(step):
@@ -503,63 +457,68 @@ def main(argv=None):
             torch._foreach_lerp_(averaged, weights, 1 - min(config.ema, (1 + step) / (10 + step)))
         return loss.detach()
 
+    def keep(name, step):
+        save(out / name, {"step": step, "config": vars(config), "net": sizes, "label_names": label_names, "log": rows,
+                          "weights": net.state_dict(), "ema": ema.state_dict(),
+                          "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+
     print(*(f"{name}={value}" for name, value in vars(config).items()))
     print(f"{sum(w.numel() for w in weights) / 1e6:.2f}M parameters on {world} x {device.type}", flush=True)
     if bench_only:
         return bench(config, sizes, train_step, device, world)
 
-    out = Path(config.out)
+    out, first, rows = Path(config.out), checkpoint["step"], checkpoint["log"]
     if rank == 0:
-        if not checkpoint:
+        if not resume:
             set_aside(out)
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        rows = [row for row in read_log(out) if int(row["step"]) <= first]
+        data.check_writable(out / "samples" / "000000.png")
     stop = []  # the signal that asked us to
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop.append(number))
-    total, counted, began, started = torch.zeros((), device=device), 0, time.time(), time.time()
+    total, reported, began, started = torch.zeros((), device=device), first, time.time(), time.time()
     for step in range(first, config.steps):
         if rank == 0 and step == cooldown_start(config):
-            save(out / "stable.pt", net, ema, optimizers, config, step, sizes, label_names)
+            keep("stable.pt", step)
         total += train_step(step)
-        counted += 1
         done = step + 1
         signalled = torch.tensor(max(stop, default=0))
         if world > 1:
             dist.all_reduce(signalled, dist.ReduceOp.MAX)  # between CPUs; so that all leave after the same step
-        last = done == config.steps or signalled > 0
-        if rank == 0 and (last or done % config.report == 0 or done % config.preview == 0):
-            loss = total.item() / counted  # the one place where the CPU waits for the device
+        milestone = done == config.steps or done % config.preview == 0
+        if rank == 0 and (milestone or signalled or done % config.report == 0):
+            loss = total.item() / (done - reported)  # the one place where the CPU waits for the device
             if not np.isfinite(loss):
-                data.refuse(f"the loss is no longer finite at step {done}; {out / 'ckpt.pt'} is left as it was; "
-                            f"try a lower --lr", status=1)
-            rate = counted * config.batch / (time.time() - began)
+                data.refuse(f"the loss is no longer finite at step {done}; try a lower --lr", status=1)
+            rate = (done - reported) * config.batch / (time.time() - began)
             rows.append({"step": done, "loss": loss, "lr": learning_rate(config, step), "samples_s": rate})
-            if last or done % config.preview == 0:
-                save(out / "ckpt.pt", net, ema, optimizers, config, done, sizes, label_names)
-                if not signalled or done == config.steps:  # whoever asked us to stop may not wait for pictures
-                    bins = held_out(ema, config, images, labels, device)
-                    rows[-1] |= {"held_out": sum(bins) / 10} | {f"t{i}": b for i, b in enumerate(bins)}
-                    preview(ema, config, images, labels, device).save(out / "samples" / f"{done:06d}.png")
+            left = timedelta(seconds=round((config.steps - done) * config.batch / rate))
+            print(f"step {done:>6,}/{config.steps:,}  loss {loss:.4f}  {rate:,.0f} samples/s  ETA {left}", flush=True)
+            if milestone:
+                bins = held_out(ema, config, images, labels, device)
+                rows[-1] |= {"held_out": sum(bins) / 10} | {f"t{i}": b for i, b in enumerate(bins)}
+                print(f"held-out loss {rows[-1]['held_out']:.4f}", flush=True)
+            if milestone or signalled:
+                keep("ckpt.pt", done)
                 write_log(out, rows)
-            report(config, rows[-1], rate)
+            if milestone:
+                preview(ema, config, images, labels, device).save(out / "samples" / f"{done:06d}.png")
             total.zero_()
-            counted, began = 0, time.time()
-        if signalled > 0 and done < config.steps:
-            print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
-            if world > 1:
-                dist.barrier()  # torchrun ends all when the first one ends, even one that still saves
-            sys.exit(128 + int(signalled))
-    if rank == 0:
+            reported, began = done, time.time()
+        if signalled:
+            break
+    if done < config.steps:
+        print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
+    else:
         print(f"{time.time() - started:.0f} s; weights, log and pictures are in {out}/")
-        if images is None:
+        if rank == 0 and images is None:
             distances = wasserstein(ema, config, device)
-            with open(out / "w2.csv", "w", newline="") as file:
-                csv.writer(file).writerows([("euler_steps", "w2"), *distances.items()])
-            print(f"W2 to fresh data: {distances.pop(0):.3f} for other fresh data; samples by Euler steps: "
-                  + ", ".join(f"{k}: {d:.3f}" for k, d in distances.items()))
+            np.savetxt(out / "w2.csv", list(distances.items()), "%g", ",", header="euler_steps,w2", comments="")
+            print("W2 to fresh data by Euler steps (0: its own):", *(f"{k}: {d:.3f}" for k, d in distances.items()))
     if world > 1:
+        dist.barrier()  # torchrun ends all when the first one ends, even one that still saves
         dist.destroy_process_group()
+    if done < config.steps:
+        sys.exit(128 + int(signalled))
     return ema
 
 
