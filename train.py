@@ -335,8 +335,8 @@ def preview(ema, config, images, labels, device):
 def wasserstein(ema, config, device):
     """How far samples are from fresh data, by number of Euler steps: exact W2 on 2,048 points (claims of straighter
     paths are claims about few steps). Returns {steps: W2}; 0 steps stands for the floor, data against data."""
-    fresh, other = (torch.from_numpy(data.points(config.data, 2048, np.random.default_rng(data.key(1, data.HELD_OUT, i))))
-                    for i in range(2))
+    rngs = (np.random.default_rng(data.key(1, data.HELD_OUT, i)) for i in range(2))
+    fresh, other = (torch.from_numpy(data.points(config.data, 2048, rng)) for rng in rngs)
     e = sample.noise(2048, (2,), seed=1).to(device)
     clouds = {0: other} | {k: sample.generate(ema, vars(config), e, k)[0].cpu() for k in (1, 2, 4, 10, 100)}
     with ThreadPoolExecutor() as pool:  # scipy's assignment releases the GIL
