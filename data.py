@@ -117,23 +117,13 @@ def points(name, n, rng):
 
 FACE_ATTRIBUTES = ("smiling", "open_mouth", "glasses", "hat", "beard", "long_hair", "curly_hair", "blond")
 
-# Each is as likely as it is often named here.
-STYLES = np.array("bald short short short short mohawk buns bob long long long curly curly".split())
-MOUTHS = np.array("smile smile smile grin grin laugh laugh flat round frown".split())
-HATS = np.array("none none none none none none none beanie brim".split())
-
 
 def palette(codes):
     """Colours (3, k), red, green and blue, 0 to 255."""
     return np.array([list(bytes.fromhex(code)) for code in codes.split()], np.float32).T
 
 
-SKINS = palette("ffdcc4 f9c8a6 eeb083 d9986a bd7d55 a86f49 8b583a")
-HAIRS = palette("f7c63f ffd85e ee7430 b04e2c 6e4023 6e4023 38272b 221f2e 221f2e c3c8d2 f072a6 3fa7a3")
-BACKDROPS = palette("bfe3f5 c9efd8 ffd9dc fff0c2 dcd3f7 b5e0dc e9ecf2")
 CLOTHES = palette("d8432f 2e86ab f2a541 5b8c5a 7a5ba8 d64b7f 2f3e5c f4f1e8")
-FRAMES = palette("26263a c2313f 1f6f8b")
-IRISES = palette("5a3420 2f78c0 3a8a55 4a4a5c")
 INK, WHITE, TONGUE, BLACK, DUSK = palette("260e17 ffffff f0606c 221f2e dec2b8").T.reshape(5, 3, 1, 1, 1)
 
 
@@ -175,13 +165,19 @@ def draw_faces(indices, res):
     def any_of(table):
         return table[..., (next(dice) * table.shape[-1]).astype(int)]
 
-    # Who is it?
-    skin, hair, iris, backdrop = any_of(SKINS), any_of(HAIRS), any_of(IRISES), any_of(BACKDROPS)
-    shirt, felt, frame = any_of(CLOTHES), any_of(CLOTHES[:, :-1]), any_of(FRAMES)  # no white hats
-    style, mouth, hat = any_of(STYLES), any_of(MOUTHS), any_of(HATS)
+    # Who is it? Each colour and word is as likely as it is often named.
+    skin = any_of(palette("ffdcc4 f9c8a6 eeb083 d9986a bd7d55 a86f49 8b583a"))
+    hair = any_of(palette("f7c63f ffd85e ee7430 b04e2c 6e4023 6e4023 38272b 221f2e 221f2e c3c8d2 f072a6 3fa7a3"))
+    iris = any_of(palette("5a3420 2f78c0 3a8a55 4a4a5c"))
+    backdrop = any_of(palette("bfe3f5 c9efd8 ffd9dc fff0c2 dcd3f7 b5e0dc e9ecf2"))
+    shirt, felt = any_of(CLOTHES), any_of(CLOTHES[:, :-1])  # no white hats
+    frame = any_of(palette("26263a c2313f 1f6f8b"))
+    style = any_of(np.array("bald short short short short mohawk buns bob long long long curly curly".split()))
+    mouth = any_of(np.array("smile smile smile grin grin laugh laugh flat round frown".split()))
+    hat = any_of(np.array("none none none none none none none beanie brim".split()))
     smile, grin, laugh, frown = (mouth == kind for kind in ("smile", "grin", "laugh", "frown"))
     long, curly, falling = style == "long", style == "curly", np.isin(style, ("long", "bob"))
-    hatted, glasses = hat != "none", between(0, 1) < 0.25
+    hatted, knitted, glasses = hat != "none", hat == "beanie", between(0, 1) < 0.25
     beard = (between(0, 1) < 0.3) & ~falling & (style != "buns")
     hair = np.where(abs(hair - skin).sum(0) < 90, BLACK, hair)  # brown hair would be lost on brown skin
     shade, shadow = skin * DUSK / 255, hair * 0.85
@@ -242,14 +238,12 @@ def draw_faces(indices, res):
     # What they wear.
     paint(glasses, frame, abs(lenses) - 0.037)
     paint(hatted, backdrop, y + 0.52 - 0.6 * x * x)  # or hair would stick out above
-    knitted, bobble = hat == "beanie", disc(x, y + 0.64, 0.15, 0.15)
     paint(hatted, felt, np.where(knitted, np.maximum(head(x, y, 0.1), y + 0.3), slab(x, y + 0.54, 0.48, 0.3, 0.16)))
-    paint(knitted, felt * 0.5 + 127, np.minimum(slab(x, y + 0.3, 0.68, 0.1, 0.09), bobble))
+    paint(knitted, felt * 0.5 + 127, np.minimum(slab(x, y + 0.3, 0.68, 0.1, 0.09), disc(x, y + 0.64, 0.15, 0.15)))
     paint(hat == "brim", felt * 0.6, slab(x, y + 0.3, 0.82, 0.085, 0.08))
 
     blond = (hair[1] > 190) & (hair[2] < 100) & ((style != "bald") | beard)
-    opened = grin | laugh | (mouth == "round")
-    labels = smile | grin | laugh, opened, glasses, hatted, beard, long, curly, blond
+    labels = smile | grin | laugh, grin | laugh | (mouth == "round"), glasses, hatted, beard, long, curly, blond
     return (canvas.transpose(1, 2, 3, 0) + 0.5).astype(np.uint8), np.hstack(labels)[..., 0].astype(np.uint8)
 
 
