@@ -28,7 +28,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 POINTS = ("moons", "8gaussians", "checkerboard", "spirals")
-PICTURES = ("faces", "celeba", "mnist", "fashion", "cifar10")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FACES = 20_000  # drawn once; a three-minute run sees each about once
 
@@ -263,7 +262,7 @@ def find_celeba(root):
 
 
 def celeba_attributes(table, names):
-    """CelebA's 40 attributes from its list_attr_celeba.txt: multi-hot (N, 40) uint8, and what they are called."""
+    """CelebA's 40 attributes from its list_attr_celeba.txt: their names and multi-hot (N, 40) uint8."""
     _, attributes, *lines = [*table.read_text(errors="replace").splitlines(), "", ""]
     rows = {file: values for file, *values in map(str.split, filter(str.strip, lines))}
     files = [name.rpartition("/")[2] for name in names]
@@ -271,8 +270,9 @@ def celeba_attributes(table, names):
     if lost:
         refuse(f"{table} says nothing of {lost[0]} (and {len(lost) - 1} others): get the whole file, or move it away "
                f"to train without attributes")
-    return (np.array([rows[file] for file in files]) == "1").astype(np.uint8), attributes.split()
+    return attributes.split(), (np.array([rows[file] for file in files]) == "1").astype(np.uint8)
 
+    names = []
 
 def list_pictures(place):
     """Names of the pictures in a folder or zip, sorted."""
@@ -280,12 +280,11 @@ def list_pictures(place):
         names = [p.relative_to(place).as_posix() for p in place.rglob("*")]
     elif zipfile.is_zipfile(place):
         names = zipfile.ZipFile(place).namelist()
-    else:
-        refuse(f"no dataset {place}: neither a folder or zip of pictures nor one of {', '.join(PICTURES + POINTS)}")
     # not macOS's hidden twins, ._1.jpg and __MACOSX/._1.jpg
     names = sorted(n for n in names if n.lower().endswith(ENDINGS) and not n.split("/")[-1].startswith("._"))
     if not names:
-        refuse(f"no pictures in {place}: looked for {' '.join(ENDINGS)}")
+        refuse(f"no pictures in {place}: looked for a folder or zip with any of {' '.join(ENDINGS)} in it. Other data "
+               f"by name: faces, celeba, {', '.join(OFFICIAL)}; for train.py also {', '.join(POINTS)}")
     return names
 
 
@@ -311,25 +310,21 @@ def read_picture(file, res):
 # ---------------------------------------------------------------------------------------------------------------
 # MNIST, Fashion-MNIST and CIFAR-10, from the files their authors publish
 
-IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-ROWS = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
+IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+ZIPPED = [f"{part}.gz" for part in IDX]
+ROWS = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 
-
-def zipped(checksums):
-    return dict(zip((f"{part}.gz" for part in IDX), checksums.split()))
-
-
-OFFICIAL = {  # files: what is published, with its MD5
+OFFICIAL = {  # files: what is published, with its MD5; parts: the same unpacked
     "mnist": dict(
         res=28, channels=1, parts=IDX, url="https://ossci-datasets.s3.amazonaws.com/mnist/",
-        label_names=list("0123456789"),
-        files=zipped("f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
-                     "9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c")),
+        label_names="0 1 2 3 4 5 6 7 8 9".split(),
+        files=dict(zip(ZIPPED, ["f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
+                                "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"]))),
     "fashion": dict(
         res=28, channels=1, parts=IDX, url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         label_names="T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
-        files=zipped("8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe "
-                     "bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310")),
+        files=dict(zip(ZIPPED, ["8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
+                                "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"]))),
     "cifar10": dict(
         res=32, channels=3, parts=ROWS, url="https://www.cs.toronto.edu/~kriz/",
         label_names="airplane automobile bird cat deer dog frog horse ship truck".split(),
@@ -349,39 +344,36 @@ def look(name, root):
 
 
 def parse(content):
-    """MNIST's format: two zeros, 8 for bytes, how many sizes, the sizes (big-endian, 4 bytes each), the values.
-    CIFAR-10's: rows of a label and the red, the green and the blue plane."""
+    """What a file holds, as arrays. MNIST's: two zeros, 8 for bytes, how many sizes, the sizes (big-endian, 4 bytes
+    each), the values. CIFAR-10's, pictures and labels: rows of a label and the red, the green and the blue plane."""
     if content[:3] == b"\0\0\x08":
         shape = np.frombuffer(content, ">u4", content[3], 4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-    return np.frombuffer(content, np.uint8).reshape(-1, 3073)
+        return [np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)]
+    rows = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+    return [rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]]
 
 
-def read_official(name, paths, res):
+def read_official(paths, res):
     """How many samples there are, and a stream of them; `split` decides anew which ones are held out."""
-    arrays = []
+    arrays = []  # pictures, labels, pictures, labels, ...
     for path in paths:
         try:
             if path.name.endswith(".tar.gz"):
                 with tarfile.open(path, "r:gz") as tar:
-                    inside = {Path(entry.name).name: tar.extractfile(entry).read() for entry in tar if entry.isfile()}
-                arrays += [parse(inside[part]) for part in OFFICIAL[name]["parts"]]
+                    inside = {file.name: parse(tar.extractfile(file).read()) for file in tar if ".bin" in file.name}
+                arrays += [array for part in sorted(inside) for array in inside[part]]
             else:
-                arrays.append(parse(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()))
+                arrays += parse(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
             if not len(arrays[-1]):
                 raise ValueError("empty")
         except Exception as error:  # gzip, tarfile and numpy raise half a dozen kinds for a damaged file
             refuse(f"{path} is cut short or damaged ({error}); delete it and run the same command with --download")
-    if name == "cifar10":
-        rows = np.concatenate(arrays)
-        images, labels = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
-    else:
-        images, labels = np.concatenate(arrays[::2])[..., None], np.concatenate(arrays[1::2])
+    images, labels = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
     if len(images) != len(labels) or labels.max() > 9:
         refuse(f"{paths[0].parent}: pictures and labels do not belong together; delete them and run the same command "
                f"with --download")
-    resized = (np.asarray(picture(p).resize((res, res), Image.Resampling.LANCZOS)) for p in images)
-    return len(images), ((p.reshape(res, res, -1), label) for p, label in zip(resized, labels.tolist()))
+    resized = (np.asarray(Image.fromarray(p).resize((res, res), Image.Resampling.LANCZOS)) for p in images)
+    return len(images), zip(resized, labels)
 
 
 def download(name, root):
@@ -417,7 +409,7 @@ def fetch(url, path, md5):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Packing. All streams yield (picture (res, res, C) uint8, label), or (None, reason) where there is no picture.
+# Packing. All streams yield (pixels, label), where pixels are uint8 numbers, res x res x C of them in that order.
 
 
 def stream_faces(res):
@@ -426,6 +418,7 @@ def stream_faces(res):
         yield from zip(*draw_faces(range(i, min(i + step, FACES)), res))
 
 
+    broken = []
 def stream_files(place, names, labels, res):
     """Decodes in parallel (Pillow releases the GIL), in pieces, so that pictures do not pile up in memory."""
     read = (lambda name: (place / name).read_bytes()) if place.is_dir() else zipfile.ZipFile(place).read
@@ -434,30 +427,35 @@ def stream_files(place, names, labels, res):
         try:
             return read_picture(io.BytesIO(read(name)), res), label
         except Exception as error:  # whatever a broken file makes a decoder raise: it is skipped, and named
-            return None, f"{name} ({type(error).__name__}: {error})"
+            broken.append(f"{name} ({type(error).__name__}: {error})")
 
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(names), 512):
-            yield from pool.map(decode, names[i : i + 512], labels[i : i + 512])
+            yield from filter(None, pool.map(decode, names[i : i + 512], labels[i : i + 512]))
+    if broken:
+        print(f"skipped {len(broken)} of {len(names)} that could not be decoded:", *sorted(broken)[:10], sep="\n  ")
 
 
-def write_pack(folder, stream, n):
-    """Writes `images`, raw bytes of one picture after another, and labels.npy into folder, from a stream of n."""
-    labels, skipped, began = [], [], time.time()
-    with open(folder / "images", "wb") as file:  # no memory map: there a full disk kills, here it is an error
-        for i, (pixels, label) in enumerate(stream, 1):
-            if pixels is None:
-                skipped.append(label)
-            else:
+def write_pack(pack, stream, n):
+    """Writes a stream of n to `pack`, raw bytes of one picture after another, and the labels to a .npy beside it.
+
+    Both grow in a folder of their own, which goes whatever happens, and move when they are whole.
+    """
+    labels, began = [], time.time()
+    pack.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="part-", dir=pack.parent) as folder:
+        part = Path(folder, "part")
+        with open(part, "wb") as file:  # no memory map: there a full disk kills, here it is an error
+            for done, (pixels, label) in enumerate(stream, 1):
                 file.write(pixels.tobytes())
                 labels.append(label)
-            if i % 2000 == 0 or i == n:
-                print(f"  {i:,} of {n:,}  {i / (time.time() - began):,.0f} pictures/s", flush=True)
-    if skipped:
-        print(f"skipped {len(skipped):,} of {n:,} that could not be decoded:", *skipped[:10], sep="\n  ")
-    if not labels:
-        refuse(f"none of the {n:,} pictures could be decoded")
-    np.save(folder / "labels.npy", np.array(labels, np.int64))
+                if done % 2000 == 0 or done == n:
+                    print(f"  {done:,} of {n:,}  {done / (time.time() - began):,.0f} pictures/s", flush=True)
+        if not labels:
+            refuse(f"none of the {n:,} pictures could be decoded")
+        np.save(part.with_suffix(".npy"), np.array(labels, np.int64))
+        part.with_suffix(".npy").replace(pack.with_suffix(".npy"))
+        part.replace(pack)  # last: where the pictures are, the labels must be
 
 
 def channels(name):
@@ -475,38 +473,28 @@ def load(name, root="data", res=32):
         if missing:
             refuse(f"{name} is not there: no {', '.join(missing)} (or unpacked) in {root / name}/. Run the same "
                    f"command with --download, or get each as {about['url']}NAME, into that folder")
-        label_names, samples = about["label_names"], lambda: read_official(name, sources, res)
+        label_names, samples = about["label_names"], lambda: read_official(sources, res)
     elif name == "faces":
-        label_names, samples = list(FACE_ATTRIBUTES), lambda: (FACES, stream_faces(res))
+        label_names, samples = FACE_ATTRIBUTES, lambda: (FACES, stream_faces(res))
         sources = [Path(__file__)]  # whoever changes the drawing sees the change
     else:
         place = find_celeba(root) if name == "celeba" else Path(name)
-        names = list_pictures(place)
+        names, table = list_pictures(place), place.parent / "list_attr_celeba.txt"
         sources = [place / p for p in names] if place.is_dir() else [place]
-        table = place.parent / "list_attr_celeba.txt"
+        label_names, labels = np.unique([p.rpartition("/")[0] for p in names], return_inverse=True)
         if name == "celeba" and table.exists():
-            labels, label_names = celeba_attributes(table, names)
+            label_names, labels = celeba_attributes(table, names)
             sources.append(table)
-        else:
-            label_names, labels = np.unique([p.rpartition("/")[0] for p in names], return_inverse=True)
-            label_names = label_names.tolist()
         samples = lambda: (len(names), stream_files(place, names, labels, res))
     identity = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
     digest = hashlib.sha256(repr((identity, FACES, res, inspect.getsource(read_picture))).encode()).hexdigest()[:12]
-    pack = root / "cache" / f"{stem(name)}-{res}-{digest}"
+    pack = root / "cache" / f"{stem(name)}-{res}-{digest}.images"
     if not pack.exists():
         n, stream = samples()
-        size = n * res * res * channels(name) / 1e9
-        print(f"packing {n:,} pictures of {name} at {res}x{res} into {pack} ({size:.1f} GB)", flush=True)
-        pack.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="part-", dir=pack.parent) as folder:  # which goes, whatever happens
-            part = Path(folder, "part")
-            part.mkdir()
-            write_pack(part, stream, n)
-            if not pack.exists():  # else another process was faster, which is as well
-                part.rename(pack)
-    images = np.memmap(pack / "images", mode="r").reshape(-1, res, res, channels(name))
-    return images, np.load(pack / "labels.npy"), label_names
+        print(f"packing {n:,} pictures of {name}, {n * res**2 * channels(name) / 1e9:.1f} GB, into {pack}", flush=True)
+        write_pack(pack, stream, n)
+    images = np.memmap(pack, mode="r").reshape(-1, res, res, channels(name))
+    return images, np.load(pack.with_suffix(".npy")), [str(label) for label in label_names]
 
 
 @functools.lru_cache(maxsize=4)
@@ -524,12 +512,11 @@ def choose_labels(labels, label_names, cond):
                f"from list_attr_celeba.txt beside the pictures)")
     if cond == "all":
         return labels, label_names
-    chosen = cond.split(",")
-    wrong = [name for name in chosen if name not in label_names or labels.ndim == 1]
-    if wrong:
-        others = f", or some of {', '.join(label_names)}" if labels.ndim > 1 else ""
-        refuse(f"--cond {wrong[0]}: no attribute of this dataset; ask for all{others}")
-    return labels[:, [label_names.index(name) for name in chosen]], chosen
+    chosen, attributes = cond.split(","), label_names if labels.ndim > 1 else []
+    for name in chosen:
+        if name not in attributes:
+            refuse(f"--cond {name}: for this dataset it can be {', '.join(['all', *attributes])}")
+    return labels[:, [attributes.index(name) for name in chosen]], chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------
