@@ -39,13 +39,12 @@ def refuse(message, status=2):
 
 
 def check_writable(path):
-    """Makes the folder of `path`, and refuses a file where a folder should be: before the work, not after it."""
+    """Makes the folder of `path`, or `path` itself where that is to be a folder, as it has no ending. What cannot be
+    made is refused before the work, not after it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         refuse(f"cannot write {path}: {error}")
-    if path.exists() and path.is_dir() == bool(path.suffix):
-        refuse(f"cannot write {path}: there is a {'folder' if path.is_dir() else 'file'} of that name")
 
 
 def run(main):
@@ -54,10 +53,8 @@ def run(main):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         main()
-    except OSError as error:
-        refuse(error, status=1)
-    except torch.OutOfMemoryError as error:
-        refuse(f"{str(error).splitlines()[0]} Try a smaller --batch", status=1)
+    except (OSError, torch.OutOfMemoryError) as error:
+        refuse(str(error).partition("\n")[0], status=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -272,10 +269,10 @@ def celeba_attributes(table, names):
                f"to train without attributes")
     return attributes.split(), (np.array([rows[file] for file in files]) == "1").astype(np.uint8)
 
-    names = []
 
 def list_pictures(place):
     """Names of the pictures in a folder or zip, sorted."""
+    names = []
     if place.is_dir():
         names = [p.relative_to(place).as_posix() for p in place.rglob("*")]
     elif zipfile.is_zipfile(place):
@@ -418,10 +415,10 @@ def stream_faces(res):
         yield from zip(*draw_faces(range(i, min(i + step, FACES)), res))
 
 
-    broken = []
 def stream_files(place, names, labels, res):
     """Decodes in parallel (Pillow releases the GIL), in pieces, so that pictures do not pile up in memory."""
     read = (lambda name: (place / name).read_bytes()) if place.is_dir() else zipfile.ZipFile(place).read
+    broken = []
 
     def decode(name, label):
         try:
@@ -543,16 +540,14 @@ def picture(pixels):
 
 def grid(pixels, columns=None):
     """uint8 (n, H, W, C) as one PIL image, as square as it goes; small pictures are enlarged to be seen."""
-    n, H, W, C = pixels.shape
+    n, H, W, _ = pixels.shape
     columns = min(n, columns or int(np.ceil(np.sqrt(n))))
-    rows = -(-n // columns)
-    gap = max(1, H // 16)
-    sheet = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap, C), 255, np.uint8)
-    for i, p in enumerate(pixels):
-        top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
-        sheet[top : top + H, left : left + W] = p
-    zoom = max(1, 72 // H)
-    return picture(sheet.repeat(zoom, 0).repeat(zoom, 1))
+    rows, gap = -(-n // columns), max(1, H // 16)
+    tiles = [picture(p) for p in pixels]
+    sheet = Image.new(tiles[0].mode, (columns * (W + gap) + gap, rows * (H + gap) + gap), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (gap + i % columns * (W + gap), gap + i // columns * (H + gap)))
+    return ImageOps.scale(sheet, max(1, 72 // H), Image.Resampling.NEAREST)
 
 
 def scatter(p, limit=6.0, size=480):
@@ -573,27 +568,24 @@ def save_gif(path, frames, seconds=3.0):
 
 def plot(curves, xlabel):
     """Line plot with a logarithmic y axis as a PIL image. curves: {name: (list of x, list of y)}, y > 0."""
-    W, H, left, bottom, edge = 1440, 840, 120, 90, 30  # drawn at twice the size, too
-    im = Image.new("RGB", (W, H), "white")
-    draw, font = ImageDraw.Draw(im), ImageFont.load_default(24)
-    lines = {name: np.stack([x, np.log10(y)], 1) for name, (x, y) in curves.items()}  # (n, 2) each
-    all_points = np.concatenate(list(lines.values()))
-    low, high = all_points.min(0) - (0, 0.02), all_points.max(0) + (1e-6, 0.02)
+    im = Image.new("RGB", (1440, 840), "white")  # drawn at twice the size, too
+    draw, font, grey = ImageDraw.Draw(im), ImageFont.load_default(24), "#444444"
+    lines = [np.stack([x, np.log10(y)], 1) for x, y in curves.values()]  # (n, 2) each
+    low, high = np.concatenate(lines).min(0), np.concatenate(lines).max(0) + 1e-6
 
     def place(p):
-        return (p - low) / (high - low) * (W - left - edge, bottom + edge - H) + (left, H - bottom)
+        """Where points (n, 2) lie in the picture; the axes meet at (120, 750)."""
+        return (p - low) / (high - low) * (1290, -710) + (120, 750)
 
-    for i in range(6):
-        tick = low + i / 5 * (high - low)
+    for tick in np.linspace(low, high, 6):
         x, y = place(tick)
-        draw.line([left, y, W - edge, y], "#dddddd", 2)
-        draw.text((left - 12, y), f"{10 ** tick[1]:.3g}", "#444444", font, "rm")
-        draw.text((x, H - bottom + 12), f"{tick[0]:,.0f}", "#444444", font, "mt")
-    draw.text((W / 2, H - 12), xlabel, "#444444", font, "mb")
-    for i, (name, line) in enumerate(lines.items()):
-        colour = ("#2846a0", "#e07020", "#208040", "#a02860")[i % 4]
+        draw.line([120, y, 1410, y], "#dddddd", 2)
+        draw.text((108, y), f"{10 ** tick[1]:.3g}", grey, font, "rm")
+        draw.text((x, 762), f"{tick[0]:,.0f}", grey, font, "mt")
+    for i, (name, line, colour) in enumerate(zip(curves, lines, ("#2846a0", "#e07020", "#208040", "#a02860"))):
         draw.line(place(line).ravel().tolist(), colour, 4, "curve")
-        draw.text((W - edge - 12, edge + 12 + 34 * i), name, colour, font, "rt")
+        draw.text((1398, 42 + 34 * i), name, colour, font, "rt")
+    draw.text((720, 828), xlabel, grey, font, "mb")
     return im.reduce(2)
 
 
@@ -602,21 +594,15 @@ def main(argv=None):
     parser.add_argument("--data", default="faces", help="a name (see README.md), or a folder or zip of pictures")
     parser.add_argument("--res", type=int, default=32, help="pixels a side")
     parser.add_argument("--root", default="data", help="where datasets are looked for and packed arrays kept")
-    parser.add_argument("--to", help="where the sheet goes (default: out/DATA-RES/data.png)")
     parser.error = refuse
     args = parser.parse_args(argv)
-    to = Path(args.to or f"out/{stem(args.data)}" + ("" if args.data in POINTS else f"-{args.res}") + "/data.png")
-    if args.res < 8 or to.suffix != ".png":
-        refuse(f"--res {args.res} must be at least 8, and --to {to} a .png")
+    if args.res < 8:
+        refuse(f"--res {args.res}: must be at least 8")
+    to = Path("out", f"{stem(args.data)}-{args.res}", "data.png")
     check_writable(to)
-    if args.data in POINTS:
-        sheet = scatter(points(args.data, 2000, np.random.default_rng(0)))
-    else:
-        images, _, label_names = load(args.data, args.root, args.res)
-        sheet = grid(images[split(len(images))[1][:64]])
-        print(f"{len(images):,} pictures; labels: {', '.join(filter(None, label_names)) or 'none'}")
-    sheet.save(to)
-    print(f"wrote {to}")
+    images, _, label_names = load(args.data, args.root, args.res)
+    grid(images[split(len(images))[1][:64]]).save(to)
+    print(f"{len(images):,} pictures; labels: {', '.join(filter(None, label_names)) or 'none'}; wrote {to}")
 
 
 if __name__ == "__main__":

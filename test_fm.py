@@ -651,8 +651,8 @@ def test_whoever_changes_how_faces_are_drawn_gets_them_packed_again(tmp_path):
     text, sheets = (HERE / "data.py").read_text().replace("FACES = 20_000", "FACES = 20"), []
     for edited in (text, text.replace("paint(True, skin, head", "paint(True, 0 * skin, head")):
         Path("data.py").write_text(edited)
-        subprocess.run([sys.executable, "data.py", "--res", "16", "--to", "sheet.png"], check=True)
-        sheets.append(Path("sheet.png").read_bytes())
+        subprocess.run([sys.executable, "data.py", "--res", "16"], check=True)
+        sheets.append(Path("out/faces-16/data.png").read_bytes())
     assert sheets[0] != sheets[1]
 
 
