@@ -774,7 +774,7 @@ def tar(files):
         folder = tarfile.TarInfo("cifar-10-batches-bin")
         folder.type = tarfile.DIRTYPE
         archive.addfile(folder)
-        for name in ["readme.html", *sorted(files, key=lambda name: name[::-1])]:
+        for name in ["readme.html", *sorted(files, reverse=True)]:
             entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             entry.size = len(files.get(name, b"hello"))
             archive.addfile(entry, io.BytesIO(files.get(name, b"hello")))
@@ -1291,6 +1291,8 @@ def test_conditions_that_the_data_do_not_have_are_refused(labelled_run, monkeypa
     refused(capsys, lambda: train.main([*args, "--cond", "Smilling"]), "--cond Smilling", "Smiling")
     make_pictures(Path("plain"), 3)
     refused(capsys, lambda: train.main(["--data", "plain", "--res", "16", "--cond", "all"]), "no labels")
+    make_pictures(Path("plain/dog"), 3)  # classes are learnt all or not at all
+    refused(capsys, lambda: train.main(["--data", "plain", "--res", "16", "--cond", "dog"]), "--cond dog", "all")
 
 
 def test_interpolation_passes_through_the_samples_themselves(faces_run):
