@@ -28,7 +28,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 POINTS = ("moons", "8gaussians", "checkerboard", "spirals")
-PICTURES = ("faces", "celeba", "mnist", "fashion", "cifar10")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FACES = 20_000  # drawn once; a three-minute run sees each about once
 
@@ -40,13 +39,12 @@ def refuse(message, status=2):
 
 
 def check_writable(path):
-    """Makes the folder of `path`, and refuses a file where a folder should be: before the work, not after it."""
+    """Makes the folder of `path`, or `path` itself where that is to be a folder, as it has no ending. What cannot be
+    made is refused before the work, not after it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         refuse(f"cannot write {path}: {error}")
-    if path.exists() and path.is_dir() == bool(path.suffix):
-        refuse(f"cannot write {path}: there is a {'folder' if path.is_dir() else 'file'} of that name")
 
 
 def run(main):
@@ -55,10 +53,8 @@ def run(main):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         main()
-    except OSError as error:
-        refuse(error, status=1)
-    except torch.OutOfMemoryError as error:
-        refuse(f"{str(error).splitlines()[0]} Try a smaller --batch", status=1)
+    except (OSError, torch.OutOfMemoryError) as error:
+        refuse(str(error).partition("\n")[0], status=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -117,23 +113,13 @@ def points(name, n, rng):
 
 FACE_ATTRIBUTES = ("smiling", "open_mouth", "glasses", "hat", "beard", "long_hair", "curly_hair", "blond")
 
-# Each is as likely as it is often named here.
-STYLES = np.array("bald short short short short mohawk buns bob long long long curly curly".split())
-MOUTHS = np.array("smile smile smile grin grin laugh laugh flat round frown".split())
-HATS = np.array("none none none none none none none beanie brim".split())
-
 
 def palette(codes):
     """Colours (3, k), red, green and blue, 0 to 255."""
     return np.array([list(bytes.fromhex(code)) for code in codes.split()], np.float32).T
 
 
-SKINS = palette("ffdcc4 f9c8a6 eeb083 d9986a bd7d55 a86f49 8b583a")
-HAIRS = palette("f7c63f ffd85e ee7430 b04e2c 6e4023 6e4023 38272b 221f2e 221f2e c3c8d2 f072a6 3fa7a3")
-BACKDROPS = palette("bfe3f5 c9efd8 ffd9dc fff0c2 dcd3f7 b5e0dc e9ecf2")
 CLOTHES = palette("d8432f 2e86ab f2a541 5b8c5a 7a5ba8 d64b7f 2f3e5c f4f1e8")
-FRAMES = palette("26263a c2313f 1f6f8b")
-IRISES = palette("5a3420 2f78c0 3a8a55 4a4a5c")
 INK, WHITE, TONGUE, BLACK, DUSK = palette("260e17 ffffff f0606c 221f2e dec2b8").T.reshape(5, 3, 1, 1, 1)
 
 
@@ -175,13 +161,19 @@ def draw_faces(indices, res):
     def any_of(table):
         return table[..., (next(dice) * table.shape[-1]).astype(int)]
 
-    # Who is it?
-    skin, hair, iris, backdrop = any_of(SKINS), any_of(HAIRS), any_of(IRISES), any_of(BACKDROPS)
-    shirt, felt, frame = any_of(CLOTHES), any_of(CLOTHES[:, :-1]), any_of(FRAMES)  # no white hats
-    style, mouth, hat = any_of(STYLES), any_of(MOUTHS), any_of(HATS)
+    # Who is it? Each colour and word is as likely as it is often named.
+    skin = any_of(palette("ffdcc4 f9c8a6 eeb083 d9986a bd7d55 a86f49 8b583a"))
+    hair = any_of(palette("f7c63f ffd85e ee7430 b04e2c 6e4023 6e4023 38272b 221f2e 221f2e c3c8d2 f072a6 3fa7a3"))
+    iris = any_of(palette("5a3420 2f78c0 3a8a55 4a4a5c"))
+    backdrop = any_of(palette("bfe3f5 c9efd8 ffd9dc fff0c2 dcd3f7 b5e0dc e9ecf2"))
+    shirt, felt = any_of(CLOTHES), any_of(CLOTHES[:, :-1])  # no white hats
+    frame = any_of(palette("26263a c2313f 1f6f8b"))
+    style = any_of(np.array("bald short short short short mohawk buns bob long long long curly curly".split()))
+    mouth = any_of(np.array("smile smile smile grin grin laugh laugh flat round frown".split()))
+    hat = any_of(np.array("none none none none none none none beanie brim".split()))
     smile, grin, laugh, frown = (mouth == kind for kind in ("smile", "grin", "laugh", "frown"))
     long, curly, falling = style == "long", style == "curly", np.isin(style, ("long", "bob"))
-    hatted, glasses = hat != "none", between(0, 1) < 0.25
+    hatted, knitted, glasses = hat != "none", hat == "beanie", between(0, 1) < 0.25
     beard = (between(0, 1) < 0.3) & ~falling & (style != "buns")
     hair = np.where(abs(hair - skin).sum(0) < 90, BLACK, hair)  # brown hair would be lost on brown skin
     shade, shadow = skin * DUSK / 255, hair * 0.85
@@ -242,14 +234,12 @@ def draw_faces(indices, res):
     # What they wear.
     paint(glasses, frame, abs(lenses) - 0.037)
     paint(hatted, backdrop, y + 0.52 - 0.6 * x * x)  # or hair would stick out above
-    knitted, bobble = hat == "beanie", disc(x, y + 0.64, 0.15, 0.15)
     paint(hatted, felt, np.where(knitted, np.maximum(head(x, y, 0.1), y + 0.3), slab(x, y + 0.54, 0.48, 0.3, 0.16)))
-    paint(knitted, felt * 0.5 + 127, np.minimum(slab(x, y + 0.3, 0.68, 0.1, 0.09), bobble))
+    paint(knitted, felt * 0.5 + 127, np.minimum(slab(x, y + 0.3, 0.68, 0.1, 0.09), disc(x, y + 0.64, 0.15, 0.15)))
     paint(hat == "brim", felt * 0.6, slab(x, y + 0.3, 0.82, 0.085, 0.08))
 
     blond = (hair[1] > 190) & (hair[2] < 100) & ((style != "bald") | beard)
-    opened = grin | laugh | (mouth == "round")
-    labels = smile | grin | laugh, opened, glasses, hatted, beard, long, curly, blond
+    labels = smile | grin | laugh, grin | laugh | (mouth == "round"), glasses, hatted, beard, long, curly, blond
     return (canvas.transpose(1, 2, 3, 0) + 0.5).astype(np.uint8), np.hstack(labels)[..., 0].astype(np.uint8)
 
 
@@ -269,7 +259,7 @@ def find_celeba(root):
 
 
 def celeba_attributes(table, names):
-    """CelebA's 40 attributes from its list_attr_celeba.txt: multi-hot (N, 40) uint8, and what they are called."""
+    """CelebA's 40 attributes from its list_attr_celeba.txt: their names and multi-hot (N, 40) uint8."""
     _, attributes, *lines = [*table.read_text(errors="replace").splitlines(), "", ""]
     rows = {file: values for file, *values in map(str.split, filter(str.strip, lines))}
     files = [name.rpartition("/")[2] for name in names]
@@ -277,21 +267,21 @@ def celeba_attributes(table, names):
     if lost:
         refuse(f"{table} says nothing of {lost[0]} (and {len(lost) - 1} others): get the whole file, or move it away "
                f"to train without attributes")
-    return (np.array([rows[file] for file in files]) == "1").astype(np.uint8), attributes.split()
+    return attributes.split(), (np.array([rows[file] for file in files]) == "1").astype(np.uint8)
 
 
 def list_pictures(place):
     """Names of the pictures in a folder or zip, sorted."""
+    names = []
     if place.is_dir():
         names = [p.relative_to(place).as_posix() for p in place.rglob("*")]
     elif zipfile.is_zipfile(place):
         names = zipfile.ZipFile(place).namelist()
-    else:
-        refuse(f"no dataset {place}: neither a folder or zip of pictures nor one of {', '.join(PICTURES + POINTS)}")
     # not macOS's hidden twins, ._1.jpg and __MACOSX/._1.jpg
     names = sorted(n for n in names if n.lower().endswith(ENDINGS) and not n.split("/")[-1].startswith("._"))
     if not names:
-        refuse(f"no pictures in {place}: looked for {' '.join(ENDINGS)}")
+        refuse(f"no pictures in {place}: looked for a folder or zip with any of {' '.join(ENDINGS)} in it. Other data "
+               f"by name: faces, celeba, {', '.join(OFFICIAL)}; for train.py also {', '.join(POINTS)}")
     return names
 
 
@@ -317,25 +307,21 @@ def read_picture(file, res):
 # ---------------------------------------------------------------------------------------------------------------
 # MNIST, Fashion-MNIST and CIFAR-10, from the files their authors publish
 
-IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-ROWS = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
+IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+ZIPPED = [f"{part}.gz" for part in IDX]
+ROWS = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 
-
-def zipped(checksums):
-    return dict(zip((f"{part}.gz" for part in IDX), checksums.split()))
-
-
-OFFICIAL = {  # files: what is published, with its MD5
+OFFICIAL = {  # files: what is published, with its MD5; parts: the same unpacked
     "mnist": dict(
         res=28, channels=1, parts=IDX, url="https://ossci-datasets.s3.amazonaws.com/mnist/",
-        label_names=list("0123456789"),
-        files=zipped("f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
-                     "9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c")),
+        label_names="0 1 2 3 4 5 6 7 8 9".split(),
+        files=dict(zip(ZIPPED, ["f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
+                                "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"]))),
     "fashion": dict(
         res=28, channels=1, parts=IDX, url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         label_names="T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
-        files=zipped("8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe "
-                     "bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310")),
+        files=dict(zip(ZIPPED, ["8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
+                                "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"]))),
     "cifar10": dict(
         res=32, channels=3, parts=ROWS, url="https://www.cs.toronto.edu/~kriz/",
         label_names="airplane automobile bird cat deer dog frog horse ship truck".split(),
@@ -355,39 +341,36 @@ def look(name, root):
 
 
 def parse(content):
-    """MNIST's format: two zeros, 8 for bytes, how many sizes, the sizes (big-endian, 4 bytes each), the values.
-    CIFAR-10's: rows of a label and the red, the green and the blue plane."""
+    """What a file holds, as arrays. MNIST's: two zeros, 8 for bytes, how many sizes, the sizes (big-endian, 4 bytes
+    each), the values. CIFAR-10's, pictures and labels: rows of a label and the red, the green and the blue plane."""
     if content[:3] == b"\0\0\x08":
         shape = np.frombuffer(content, ">u4", content[3], 4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-    return np.frombuffer(content, np.uint8).reshape(-1, 3073)
+        return [np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)]
+    rows = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+    return [rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]]
 
 
-def read_official(name, paths, res):
+def read_official(paths, res):
     """How many samples there are, and a stream of them; `split` decides anew which ones are held out."""
-    arrays = []
+    arrays = []  # pictures, labels, pictures, labels, ...
     for path in paths:
         try:
             if path.name.endswith(".tar.gz"):
                 with tarfile.open(path, "r:gz") as tar:
-                    inside = {Path(entry.name).name: tar.extractfile(entry).read() for entry in tar if entry.isfile()}
-                arrays += [parse(inside[part]) for part in OFFICIAL[name]["parts"]]
+                    inside = {file.name: parse(tar.extractfile(file).read()) for file in tar if ".bin" in file.name}
+                arrays += [array for part in sorted(inside) for array in inside[part]]
             else:
-                arrays.append(parse(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()))
+                arrays += parse(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
             if not len(arrays[-1]):
                 raise ValueError("empty")
         except Exception as error:  # gzip, tarfile and numpy raise half a dozen kinds for a damaged file
             refuse(f"{path} is cut short or damaged ({error}); delete it and run the same command with --download")
-    if name == "cifar10":
-        rows = np.concatenate(arrays)
-        images, labels = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
-    else:
-        images, labels = np.concatenate(arrays[::2])[..., None], np.concatenate(arrays[1::2])
+    images, labels = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
     if len(images) != len(labels) or labels.max() > 9:
         refuse(f"{paths[0].parent}: pictures and labels do not belong together; delete them and run the same command "
                f"with --download")
-    resized = (np.asarray(picture(p).resize((res, res), Image.Resampling.LANCZOS)) for p in images)
-    return len(images), ((p.reshape(res, res, -1), label) for p, label in zip(resized, labels.tolist()))
+    resized = (np.asarray(Image.fromarray(p).resize((res, res), Image.Resampling.LANCZOS)) for p in images)
+    return len(images), zip(resized, labels)
 
 
 def download(name, root):
@@ -423,7 +406,7 @@ def fetch(url, path, md5):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Packing. All streams yield (picture (res, res, C) uint8, label), or (None, reason) where there is no picture.
+# Packing. All streams yield (pixels, label), where pixels are uint8 numbers, res x res x C of them in that order.
 
 
 def stream_faces(res):
@@ -435,35 +418,41 @@ def stream_faces(res):
 def stream_files(place, names, labels, res):
     """Decodes in parallel (Pillow releases the GIL), in pieces, so that pictures do not pile up in memory."""
     read = (lambda name: (place / name).read_bytes()) if place.is_dir() else zipfile.ZipFile(place).read
+    broken = []
 
     def decode(name, label):
         try:
             return read_picture(io.BytesIO(read(name)), res), label
         except Exception as error:  # whatever a broken file makes a decoder raise: it is skipped, and named
-            return None, f"{name} ({type(error).__name__}: {error})"
+            broken.append(f"{name} ({type(error).__name__}: {error})")
 
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(names), 512):
-            yield from pool.map(decode, names[i : i + 512], labels[i : i + 512])
+            yield from filter(None, pool.map(decode, names[i : i + 512], labels[i : i + 512]))
+    if broken:
+        print(f"skipped {len(broken)} of {len(names)} that could not be decoded:", *sorted(broken)[:10], sep="\n  ")
 
 
-def write_pack(folder, stream, n):
-    """Writes `images`, raw bytes of one picture after another, and labels.npy into folder, from a stream of n."""
-    labels, skipped, began = [], [], time.time()
-    with open(folder / "images", "wb") as file:  # no memory map: there a full disk kills, here it is an error
-        for i, (pixels, label) in enumerate(stream, 1):
-            if pixels is None:
-                skipped.append(label)
-            else:
+def write_pack(pack, stream, n):
+    """Writes a stream of n to `pack`, raw bytes of one picture after another, and the labels to a .npy beside it.
+
+    Both grow in a folder of their own, which goes whatever happens, and move when they are whole.
+    """
+    labels, began = [], time.time()
+    pack.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="part-", dir=pack.parent) as folder:
+        part = Path(folder, "part")
+        with open(part, "wb") as file:  # no memory map: there a full disk kills, here it is an error
+            for done, (pixels, label) in enumerate(stream, 1):
                 file.write(pixels.tobytes())
                 labels.append(label)
-            if i % 2000 == 0 or i == n:
-                print(f"  {i:,} of {n:,}  {i / (time.time() - began):,.0f} pictures/s", flush=True)
-    if skipped:
-        print(f"skipped {len(skipped):,} of {n:,} that could not be decoded:", *skipped[:10], sep="\n  ")
-    if not labels:
-        refuse(f"none of the {n:,} pictures could be decoded")
-    np.save(folder / "labels.npy", np.array(labels, np.int64))
+                if done % 2000 == 0 or done == n:
+                    print(f"  {done:,} of {n:,}  {done / (time.time() - began):,.0f} pictures/s", flush=True)
+        if not labels:
+            refuse(f"none of the {n:,} pictures could be decoded")
+        np.save(part.with_suffix(".npy"), np.array(labels, np.int64))
+        part.with_suffix(".npy").replace(pack.with_suffix(".npy"))
+        part.replace(pack)  # last: where the pictures are, the labels must be
 
 
 def channels(name):
@@ -481,38 +470,28 @@ def load(name, root="data", res=32):
         if missing:
             refuse(f"{name} is not there: no {', '.join(missing)} (or unpacked) in {root / name}/. Run the same "
                    f"command with --download, or get each as {about['url']}NAME, into that folder")
-        label_names, samples = about["label_names"], lambda: read_official(name, sources, res)
+        label_names, samples = about["label_names"], lambda: read_official(sources, res)
     elif name == "faces":
-        label_names, samples = list(FACE_ATTRIBUTES), lambda: (FACES, stream_faces(res))
+        label_names, samples = FACE_ATTRIBUTES, lambda: (FACES, stream_faces(res))
         sources = [Path(__file__)]  # whoever changes the drawing sees the change
     else:
         place = find_celeba(root) if name == "celeba" else Path(name)
-        names = list_pictures(place)
+        names, table = list_pictures(place), place.parent / "list_attr_celeba.txt"
         sources = [place / p for p in names] if place.is_dir() else [place]
-        table = place.parent / "list_attr_celeba.txt"
+        label_names, labels = np.unique([p.rpartition("/")[0] for p in names], return_inverse=True)
         if name == "celeba" and table.exists():
-            labels, label_names = celeba_attributes(table, names)
+            label_names, labels = celeba_attributes(table, names)
             sources.append(table)
-        else:
-            label_names, labels = np.unique([p.rpartition("/")[0] for p in names], return_inverse=True)
-            label_names = label_names.tolist()
         samples = lambda: (len(names), stream_files(place, names, labels, res))
     identity = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
     digest = hashlib.sha256(repr((identity, FACES, res, inspect.getsource(read_picture))).encode()).hexdigest()[:12]
-    pack = root / "cache" / f"{stem(name)}-{res}-{digest}"
+    pack = root / "cache" / f"{stem(name)}-{res}-{digest}.images"
     if not pack.exists():
         n, stream = samples()
-        size = n * res * res * channels(name) / 1e9
-        print(f"packing {n:,} pictures of {name} at {res}x{res} into {pack} ({size:.1f} GB)", flush=True)
-        pack.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="part-", dir=pack.parent) as folder:  # which goes, whatever happens
-            part = Path(folder, "part")
-            part.mkdir()
-            write_pack(part, stream, n)
-            if not pack.exists():  # else another process was faster, which is as well
-                part.rename(pack)
-    images = np.memmap(pack / "images", mode="r").reshape(-1, res, res, channels(name))
-    return images, np.load(pack / "labels.npy"), label_names
+        print(f"packing {n:,} pictures of {name}, {n * res**2 * channels(name) / 1e9:.1f} GB, into {pack}", flush=True)
+        write_pack(pack, stream, n)
+    images = np.memmap(pack, mode="r").reshape(-1, res, res, channels(name))
+    return images, np.load(pack.with_suffix(".npy")), [str(label) for label in label_names]
 
 
 @functools.lru_cache(maxsize=4)
@@ -530,12 +509,11 @@ def choose_labels(labels, label_names, cond):
                f"from list_attr_celeba.txt beside the pictures)")
     if cond == "all":
         return labels, label_names
-    chosen = cond.split(",")
-    wrong = [name for name in chosen if name not in label_names or labels.ndim == 1]
-    if wrong:
-        others = f", or some of {', '.join(label_names)}" if labels.ndim > 1 else ""
-        refuse(f"--cond {wrong[0]}: no attribute of this dataset; ask for all{others}")
-    return labels[:, [label_names.index(name) for name in chosen]], chosen
+    chosen, attributes = cond.split(","), label_names if labels.ndim > 1 else []
+    for name in chosen:
+        if name not in attributes:
+            refuse(f"--cond {name}: for this dataset it can be {', '.join(['all', *attributes])}")
+    return labels[:, [attributes.index(name) for name in chosen]], chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -562,16 +540,14 @@ def picture(pixels):
 
 def grid(pixels, columns=None):
     """uint8 (n, H, W, C) as one PIL image, as square as it goes; small pictures are enlarged to be seen."""
-    n, H, W, C = pixels.shape
+    n, H, W, _ = pixels.shape
     columns = min(n, columns or int(np.ceil(np.sqrt(n))))
-    rows = -(-n // columns)
-    gap = max(1, H // 16)
-    sheet = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap, C), 255, np.uint8)
-    for i, p in enumerate(pixels):
-        top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
-        sheet[top : top + H, left : left + W] = p
-    zoom = max(1, 72 // H)
-    return picture(sheet.repeat(zoom, 0).repeat(zoom, 1))
+    rows, gap = -(-n // columns), max(1, H // 16)
+    tiles = [picture(p) for p in pixels]
+    sheet = Image.new(tiles[0].mode, (columns * (W + gap) + gap, rows * (H + gap) + gap), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (gap + i % columns * (W + gap), gap + i // columns * (H + gap)))
+    return ImageOps.scale(sheet, max(1, 72 // H), Image.Resampling.NEAREST)
 
 
 def scatter(p, limit=6.0, size=480):
@@ -592,27 +568,24 @@ def save_gif(path, frames, seconds=3.0):
 
 def plot(curves, xlabel):
     """Line plot with a logarithmic y axis as a PIL image. curves: {name: (list of x, list of y)}, y > 0."""
-    W, H, left, bottom, edge = 1440, 840, 120, 90, 30  # drawn at twice the size, too
-    im = Image.new("RGB", (W, H), "white")
-    draw, font = ImageDraw.Draw(im), ImageFont.load_default(24)
-    lines = {name: np.stack([x, np.log10(y)], 1) for name, (x, y) in curves.items()}  # (n, 2) each
-    all_points = np.concatenate(list(lines.values()))
-    low, high = all_points.min(0) - (0, 0.02), all_points.max(0) + (1e-6, 0.02)
+    im = Image.new("RGB", (1440, 840), "white")  # drawn at twice the size, too
+    draw, font, grey = ImageDraw.Draw(im), ImageFont.load_default(24), "#444444"
+    lines = [np.stack([x, np.log10(y)], 1) for x, y in curves.values()]  # (n, 2) each
+    low, high = np.concatenate(lines).min(0), np.concatenate(lines).max(0) + 1e-6
 
     def place(p):
-        return (p - low) / (high - low) * (W - left - edge, bottom + edge - H) + (left, H - bottom)
+        """Where points (n, 2) lie in the picture; the axes meet at (120, 750)."""
+        return (p - low) / (high - low) * (1290, -710) + (120, 750)
 
-    for i in range(6):
-        tick = low + i / 5 * (high - low)
+    for tick in np.linspace(low, high, 6):
         x, y = place(tick)
-        draw.line([left, y, W - edge, y], "#dddddd", 2)
-        draw.text((left - 12, y), f"{10 ** tick[1]:.3g}", "#444444", font, "rm")
-        draw.text((x, H - bottom + 12), f"{tick[0]:,.0f}", "#444444", font, "mt")
-    draw.text((W / 2, H - 12), xlabel, "#444444", font, "mb")
-    for i, (name, line) in enumerate(lines.items()):
-        colour = ("#2846a0", "#e07020", "#208040", "#a02860")[i % 4]
+        draw.line([120, y, 1410, y], "#dddddd", 2)
+        draw.text((108, y), f"{10 ** tick[1]:.3g}", grey, font, "rm")
+        draw.text((x, 762), f"{tick[0]:,.0f}", grey, font, "mt")
+    for i, (name, line, colour) in enumerate(zip(curves, lines, ("#2846a0", "#e07020", "#208040", "#a02860"))):
         draw.line(place(line).ravel().tolist(), colour, 4, "curve")
-        draw.text((W - edge - 12, edge + 12 + 34 * i), name, colour, font, "rt")
+        draw.text((1398, 42 + 34 * i), name, colour, font, "rt")
+    draw.text((720, 828), xlabel, grey, font, "mb")
     return im.reduce(2)
 
 
@@ -621,21 +594,15 @@ def main(argv=None):
     parser.add_argument("--data", default="faces", help="a name (see README.md), or a folder or zip of pictures")
     parser.add_argument("--res", type=int, default=32, help="pixels a side")
     parser.add_argument("--root", default="data", help="where datasets are looked for and packed arrays kept")
-    parser.add_argument("--to", help="where the sheet goes (default: out/DATA-RES/data.png)")
     parser.error = refuse
     args = parser.parse_args(argv)
-    to = Path(args.to or f"out/{stem(args.data)}" + ("" if args.data in POINTS else f"-{args.res}") + "/data.png")
-    if args.res < 8 or to.suffix != ".png":
-        refuse(f"--res {args.res} must be at least 8, and --to {to} a .png")
+    if args.res < 8:
+        refuse(f"--res {args.res}: must be at least 8")
+    to = Path("out", f"{stem(args.data)}-{args.res}", "data.png")
     check_writable(to)
-    if args.data in POINTS:
-        sheet = scatter(points(args.data, 2000, np.random.default_rng(0)))
-    else:
-        images, _, label_names = load(args.data, args.root, args.res)
-        sheet = grid(images[split(len(images))[1][:64]])
-        print(f"{len(images):,} pictures; labels: {', '.join(filter(None, label_names)) or 'none'}")
-    sheet.save(to)
-    print(f"wrote {to}")
+    images, _, label_names = load(args.data, args.root, args.res)
+    grid(images[split(len(images))[1][:64]]).save(to)
+    print(f"{len(images):,} pictures; labels: {', '.join(filter(None, label_names)) or 'none'}; wrote {to}")
 
 
 if __name__ == "__main__":

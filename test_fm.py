@@ -652,8 +652,8 @@ def test_whoever_changes_how_faces_are_drawn_gets_them_packed_again(tmp_path):
     text, sheets = (HERE / "data.py").read_text().replace("FACES = 20_000", "FACES = 20"), []
     for edited in (text, text.replace("paint(True, skin, head", "paint(True, 0 * skin, head")):
         Path("data.py").write_text(edited)
-        subprocess.run([sys.executable, "data.py", "--res", "16", "--to", "sheet.png"], check=True)
-        sheets.append(Path("sheet.png").read_bytes())
+        subprocess.run([sys.executable, "data.py", "--res", "16"], check=True)
+        sheets.append(Path("out/faces-16/data.png").read_bytes())
     assert sheets[0] != sheets[1]
 
 
@@ -775,7 +775,7 @@ def tar(files):
         folder = tarfile.TarInfo("cifar-10-batches-bin")
         folder.type = tarfile.DIRTYPE
         archive.addfile(folder)
-        for name in ["readme.html", *sorted(files, key=lambda name: name[::-1])]:
+        for name in ["readme.html", *sorted(files, reverse=True)]:
             entry = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             entry.size = len(files.get(name, b"hello"))
             archive.addfile(entry, io.BytesIO(files.get(name, b"hello")))
@@ -1296,6 +1296,8 @@ def test_conditions_that_the_data_do_not_have_are_refused(labelled_run, monkeypa
     refused(capsys, lambda: train.main([*args, "--cond", "Smilling"]), "--cond Smilling", "Smiling")
     make_pictures(Path("plain"), 3)
     refused(capsys, lambda: train.main(["--data", "plain", "--res", "16", "--cond", "all"]), "no labels")
+    make_pictures(Path("plain/dog"), 3)  # classes are learnt all or not at all
+    refused(capsys, lambda: train.main(["--data", "plain", "--res", "16", "--cond", "dog"]), "--cond dog", "all")
 
 
 def test_interpolation_passes_through_the_samples_themselves(faces_run):
