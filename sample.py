@@ -221,7 +221,7 @@ def between(kind, low, high=math.inf):
     return number
 
 
-def times(text):
+def pair_of_times(text):
     """A type for argparse: two times, such as 0.1,1."""
     low, high = map(float, text.split(","))
     if not low <= high:
@@ -242,7 +242,7 @@ def parse(argv):
     parser.add_argument("--shift", type=ratio, default=1.0, help="more than 1: smaller steps near the noise")
     parser.add_argument("--label", help="class or attribute, by name or number; a,b; or all: a row each")
     parser.add_argument("--guidance", type=float, default=1.0, help="how strongly the label pulls; 1 is not at all")
-    parser.add_argument("--interval", type=times, default=(0.1, 1.0), help="times between which guidance is on: 0.1,1")
+    parser.add_argument("--interval", type=pair_of_times, default=(0.1, 1.0), help="when guidance is on: 0.1,1")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--interpolate", type=count, help="pictures from each noise to the next")
     modes.add_argument("--from", dest="source", metavar="PICTURE", help="start from this picture, partly made noise")
