@@ -157,20 +157,19 @@ def loss(net, x, e, t, y=None, predict="x", space="v", path=linear, jitter=None)
 # Sampling: follow dz/dt = v(z, t) from noise to data.
 
 
-def velocity(net, predict="x", path=linear, y=None, guidance=1.0, interval=(0.1, 1.0), clamp=None):
+def velocity(net, predict="x", path=linear, y=None, guidance=1.0, interval=(0.1, 1.0), clamped=False):
     """The network's prediction as a velocity field v(z, t) for `solve`; t is a float.
 
     The training clamp must not come along for x-prediction: with 50 steps the last one would divide by 0.05 where
     1-t is 0.02, go only 40% of the way to the predicted picture, and leave the rest of the noise in it. Unclamped,
     the last Euler step is z + (1-t) (x_pred - z) / (1-t) = x_pred (on the cosine path nearly so, if steps are many).
     At t = 1 that is 0/0: see `solve`. For e-prediction the divisor alpha = t vanishes at the very first step, where
-    nothing is known of x yet, and there the clamp stays, at the cost of too slow a start. clamp: overrides these.
+    nothing is known of x yet, and there the clamp stays, at the cost of too slow a start. clamped: keeps it always.
 
     guidance w: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), v_null + w (v_y - v_null), for t in
     the interval only (Kynkaanniemi et al. 2024, arXiv 2404.07724); w = 1 and times outside cost nothing extra.
     """
-    if clamp is None:
-        clamp = 0.0 if predict == "x" else CLAMP
+    clamp = CLAMP if clamped or predict != "x" else 0.0
 
     def field(z, t, y):
         t = torch.full((len(z),), t, dtype=z.dtype, device=z.device)
@@ -256,15 +255,13 @@ def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
 
     end_euler: take the last step by Euler's rule. Needed when the network predicts x, since its velocity
     (x_pred - z) / (1-t) is 0/0 at t = 1; Euler never looks there (on the way from noise to data).
-    states: a list that receives the state at each time of the grid. NFE: number of evaluations of v.
+    states: a list that receives the state after each step of the grid. NFE: number of evaluations of v.
     tol: dopri5's, which takes its own steps between the grid's times.
     """
     times = []  # at which v was evaluated
     counted = lambda z, t: times.append(t) or v(z, t)
-    if states is not None:
-        states.append(z)
-    for i, (t, s) in enumerate(zip(ts, ts[1:])):
-        name = "euler" if end_euler and i == len(ts) - 2 else solver
+    for t, s in zip(ts, ts[1:]):
+        name = "euler" if end_euler and s == ts[-1] else solver
         z = SOLVERS[name](counted, z, t, s, **({"tol": tol} if name == "dopri5" else {}))
         if states is not None:
             states.append(z)
@@ -272,7 +269,7 @@ def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
 
 
 def inpaint(v, z, x, hole, noise, ts, path=linear, solver="heun", end_euler=False, states=None, tol=1e-4, repeats=5):
-    """Fills the hole in a picture; returns (the picture, NFE). hole: bool, True where to fill. noise(): new e, as z.
+    """Fills the hole in a picture; returns (the picture, NFE). hole: bool, True where to fill. noise(): a new e.
 
     What is known of z at any time is x mixed with noise, so after each step that part is replaced by just this, and
     the network continues the rest to fit. The last step ends at t = 1, where the known part is x itself, exactly. But
@@ -281,18 +278,15 @@ def inpaint(v, z, x, hole, noise, ts, path=linear, solver="heun", end_euler=Fals
     chance to agree with its surroundings (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, for stochastic diffusion).
     """
     nfe = 0
-    if states is not None:
-        states.append(z)
-    for i, (t, s) in enumerate(zip(ts, ts[1:])):
+    for t, s in zip(ts, ts[1:]):
         (alpha, sigma), (alpha_s, sigma_s) = (path(torch.tensor(time, dtype=z.dtype))[:2] for time in (t, s))
-        for again in reversed(range(repeats)):
-            new, n = solve(v, z, [t, s], solver, end_euler and i == len(ts) - 2, tol=tol)
-            new = torch.where(hole, new, alpha_s * x + sigma_s * noise())
-            nfe += n
-            if again:  # from s back to t: less of what is there, and the noise that this takes
+        for turn in range(repeats):
+            if turn > 0:  # from s back to t: less of what is there, and the noise that this takes
                 share = alpha / alpha_s
-                z = share * new + (sigma**2 - (share * sigma_s) ** 2).sqrt() * noise()
-        z = new
+                z = share * z + (sigma**2 - (share * sigma_s) ** 2).sqrt() * noise().to(z)
+            z, n = solve(v, z, [t, s], solver, end_euler and s == ts[-1], tol=tol)
+            z = torch.where(hole, z, alpha_s * x + sigma_s * noise().to(z))
+            nfe += n
         if states is not None:
             states.append(z)
     return z, nfe
@@ -313,22 +307,19 @@ def log_likelihood(v, x, ts, solver="rk4", probe=None):
 
         d log p(z_t) / dt = - trace(dv/dz)        so log p(x) = log N(e; 0, 1) - integral of the trace over [0, 1]
 
-    ts: time grid from data (about 1) down to noise (0). probe: None for the exact trace, d backward passes per
-    evaluation; or random signs shaped as x, kept for the whole solve, for Hutchinson's unbiased estimate
-    probe . dv/dz probe in one (Grathwohl et al. 2018, arXiv 1810.01367).
+    ts: time grid from data (about 1) down to noise (0). probe: random signs shaped as x, kept for the whole solve, for
+    Hutchinson's unbiased estimate probe . dv/dz probe of the trace (Grathwohl et al. 2018, arXiv 1810.01367); or None:
+    the sum over all d unit vectors in its place is the exact trace, in d backward passes per evaluation.
     """
     d = x[0].numel()
+    probes = [probe] if probe is not None else torch.eye(d).to(x).view(d, 1, *x.shape[1:]).expand(d, *x.shape)
 
     def with_trace(state, t):
         z = state[:, :d].reshape(x.shape)
         with torch.enable_grad():
             z.requires_grad_()
             out = v(z, t)
-            if probe is not None:
-                trace = (torch.autograd.grad(out, z, probe)[0] * probe).flatten(1).sum(1)
-            else:
-                rows = (torch.autograd.grad(out.flatten(1)[:, i].sum(), z, retain_graph=True)[0] for i in range(d))
-                trace = sum(row.flatten(1)[:, i] for i, row in enumerate(rows))
+        trace = sum((torch.autograd.grad(out, z, p, retain_graph=True)[0] * p).flatten(1).sum(1) for p in probes)
         return torch.cat([out.detach().flatten(1), trace[:, None]], dim=1)
 
     end, nfe = solve(with_trace, torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1), ts, solver)

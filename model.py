@@ -72,19 +72,16 @@ class MLP(nn.Module):
 
 def strides_that_fit(res, patch):
     """Strides that tile res exactly with patches, gaps excluded."""
-    return [s for s in range(1, patch + 1) if (res - patch) % s == 0]
+    return [s for s in range(1, patch + 1) if patch <= res and (res - patch) % s == 0]
 
 
 def check_stride(res, patch, stride):
     """Raises ValueError, naming the nearest strides that fit, unless patches at this stride tile the picture."""
-    if patch > res:
-        raise ValueError(f"patch {patch} is larger than the picture ({res} pixels)")
-    if stride not in strides_that_fit(res, patch):
-        near = sorted(sorted(strides_that_fit(res, patch), key=lambda s: abs(s - stride))[:2])
-        raise ValueError(
-            f"stride {stride} does not fit: it must be at most patch = {patch}, and (res - patch) = {res - patch} "
-            f"a multiple of it; nearest that fit: {', '.join(map(str, near))}"
-        )
+    fitting = strides_that_fit(res, patch)
+    if stride not in fitting:
+        near = sorted(sorted(fitting, key=lambda s: abs(s - stride))[:2])
+        raise ValueError(f"stride {stride} does not fit patch {patch} at res {res}: it must be at most patch, and "
+                         f"res - patch a multiple of it; nearest that fit: {', '.join(map(str, near)) or 'none'}")
 
 
 def patchify(z, patch, stride):
@@ -96,32 +93,27 @@ def unpatchify(patches, res, patch, stride):
     """Puts patches back, averaging where they overlap.
 
     fold adds up what overlaps, so a pixel covered four times would come out four times as bright: hence the
-    division by the normalisation mask, the fold of ones.
+    division by the normalisation mask, the fold of ones, which says how many patches cover each pixel.
     """
-    total = F.fold(patches.transpose(1, 2), res, patch, stride=stride)  # (B, N, P) -> (B, C, H, W)
-    return total / overlap(res, patch, stride, patches.device) if stride < patch else total
-
-
-def overlap(res, patch, stride, device=None):
-    """How many patches cover each pixel: the fold of ones."""
-    ones = torch.ones(1, 1, res, res, device=device)
-    return F.fold(F.unfold(ones, patch, stride=stride), res, patch, stride=stride)  # (1, 1, H, W)
+    ones = torch.ones_like(patches[:1, :, : patch**2])  # as of one picture with one channel
+    total, mask = (F.fold(p.transpose(1, 2), res, patch, stride=stride) for p in (patches, ones))
+    return total / mask  # (B, C, H, W) / (1, 1, H, W)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Position
 
 
-def grid_positions(side):
-    """Row and column of each token, centred on 0."""
+def angles(side, dim, base):
+    """Row and column of each token, centred on 0, times dim / 4 frequencies from 1 down to almost 1 / base."""
     r = torch.arange(side) - (side - 1) / 2
-    return torch.cartesian_prod(r, r)  # (N, 2)
+    frequency = base ** -(torch.arange(dim // 4) / (dim // 4))
+    return torch.cartesian_prod(r, r)[:, :, None] * frequency  # (N, 2, dim/4)
 
 
 def position_table(side, dim):
     """Fixed sine-cosine embedding of (row, column), added to the tokens once: a quarter of the width per wave."""
-    frequency = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))
-    angle = grid_positions(side)[:, :, None] * frequency  # (N, 2, D/4)
+    angle = angles(side, dim, base=10000.0)  # (N, 2, D/4)
     return torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1)  # (N, D)
 
 
@@ -131,8 +123,7 @@ def rope_table(side, dim):
     Of the d/2 pairs in a head, half turn with the row, half with the column; 100 as the base, not 10,000, because
     a picture is some 20 tokens wide, not thousands.
     """
-    frequency = 100.0 ** -(torch.arange(dim // 4) / (dim // 4))
-    angle = (grid_positions(side)[:, :, None] * frequency).flatten(1)  # (N, 2, d/4) -> (N, d/2)
+    angle = angles(side, dim, base=100.0).flatten(1)  # (N, 2, d/4) -> (N, d/2)
     cos, sin = angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)
     return cos[:, None], sin[:, None]  # (N, 1, d) each
 
@@ -207,14 +198,13 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
 
     def forward(self, z, cos, sin):
-        B, N, D = z.shape
-        q, k, v = (f(z).view(B, N, self.heads, -1) for f in (self.q, self.k, self.v))  # (B, N, H, d) each
+        q, k, v = (f(z).unflatten(2, (self.heads, -1)) for f in (self.q, self.k, self.v))  # (B, N, H, d) each
         # QK-norm bounds the scores by sqrt(d), so that no softmax saturates (Henry et al. 2020, arXiv 2010.04245).
         q = rope(q * inverse_rms(q), cos, sin)
         k = rope(k * inverse_rms(k), cos, sin)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, N, d) each
         mixed = ATTENTION[self.attention](q, k, v)  # (B, H, N, d)
-        return self.out(mixed.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class SwiGLU(nn.Module):
@@ -268,9 +258,9 @@ class Transformer(nn.Module):
         self.norm = NORMS[norm](width)
         # Start from "grey" rather than from random pixels; Derf's paper keeps the usual start.
         self.head = zeroed(nn.Linear(width, P)) if norm == "rms" else nn.Linear(width, P)
-        cos, sin = rope_table(side, width // heads)
-        for name, table in (("position", position_table(side, width)), ("cos", cos), ("sin", sin)):
-            self.register_buffer(name, table, persistent=False)  # moves with the network, is not saved with it
+        # Buffers move with the network; these are not saved with it.
+        self.position = nn.Buffer(position_table(side, width), persistent=False)
+        self.cos, self.sin = (nn.Buffer(table, persistent=False) for table in rope_table(side, width // heads))
 
     def forward(self, z, t, y=None):
         c = F.silu(self.time(sinusoidal(t, 256)) + self.labels(y))  # (B, D)
@@ -313,15 +303,14 @@ class ResBlock(nn.Module):
         return self.shortcut(h) + r
 
 
-class Level(nn.Module):
+class Level(nn.Sequential):
     """Residual blocks in a row; the first goes from a to b channels."""
 
     def __init__(self, a, b, dim, depth):
-        super().__init__()
-        self.blocks = nn.ModuleList([ResBlock(b if i else a, b, dim) for i in range(depth)])
+        super().__init__(*(ResBlock(b if i else a, b, dim) for i in range(depth)))
 
     def forward(self, h, c):
-        for block in self.blocks:
+        for block in self:
             h = block(h, c)
         return h
 
@@ -337,11 +326,10 @@ class PixelAttention(nn.Module):
         self.out = zeroed(nn.Linear(dim, dim, bias=False))
 
     def forward(self, h):
-        B, D, R, _ = h.shape
         tokens = self.norm(h).flatten(2).transpose(1, 2)  # (B, D, R, R) -> (B, N, D)
-        q, k, v = self.qkv(tokens).view(B, R * R, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
-        mixed = ATTENTION["auto"](q, k, v).transpose(1, 2).reshape(B, R * R, D)  # (B, N, D)
-        return h + self.out(mixed).transpose(1, 2).reshape(B, D, R, R)
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+        mixed = attend_fastest(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
+        return h + self.out(mixed).transpose(1, 2).reshape(h.shape)
 
 
 class UNet(nn.Module):
@@ -351,12 +339,9 @@ class UNet(nn.Module):
     def __init__(self, res, channels=1, width=32, depth=2, heads=4, labels=0):
         """depth: residual blocks per level, on the way down and again on the way up."""
         super().__init__()
-        if res % 4:
-            raise ValueError(f"res {res} must be a multiple of 4: the UNet halves it twice")
-        if width % 16:
-            raise ValueError(f"width {width} must be a multiple of 16: its group norm takes 16 channels a group")
-        if 4 * width % heads:
-            raise ValueError(f"4 x width = {4 * width} channels must split into {heads} heads")
+        if res % 4 or width % 16 or 4 * width % heads:
+            raise ValueError(f"res {res} must be a multiple of 4 (the UNet halves it twice), width {width} of 16 (the "
+                             f"channels in a group of its norms), and 4 x width must split into {heads} heads")
         W, D = width, 4 * width
         self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.labels = Labels(labels, D)

@@ -7,7 +7,6 @@ float32 array (n, C, H, W) or (n, 2), anything without an ending a folder of sin
 """
 
 import argparse
-import contextlib
 import math
 import time
 from pathlib import Path
@@ -23,58 +22,46 @@ import model
 
 def pick_device(name):
     """"auto" is the best there is. An absent device is the user's mistake."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(d for d in there if there[d]) if name == "auto" else name
-    if not there.get(name):
-        data.refuse(f"no device {name} here; there is: {', '.join(d for d in there if there[d])}")
-    return torch.device(name)
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if name not in ("auto", "cpu", best.type):
+        data.refuse(f"no device {name} here; the best there is: {best.type}")
+    return best if name == "auto" else torch.device(name)
 
 
 def has_bf16(device):
     """Does the hardware multiply matrices in bfloat16 natively? CUDA GPUs of interest do, CPUs say so."""
-    if device.type == "cpu":
-        abilities = getattr(torch.cpu, "get_capabilities", dict)()
-        return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
-    return device.type == "cuda"
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    native = {"cuda": True, "cpu": bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))}
+    return native.get(device.type, False)
 
 
 def autocast(device, bf16=True):
     """Matrix products in bfloat16 if the hardware has them. Weights, the state of the ODE and fm.py stay float32."""
-    on = bf16 and has_bf16(device)
-    return torch.autocast(device.type, torch.bfloat16) if on else contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and has_bf16(device))
 
 
-def read_checkpoint(path, part="ema"):
-    """What train.py saved, on the CPU, and under "built" its network with the weights of `part`. Refuses others."""
+def read_checkpoint(path):
+    """What train.py saved, on the CPU, and under "built" its network with the averaged weights. Refuses others."""
     if not path.is_file():
-        data.refuse(f"no checkpoint {path}: train first (python train.py), or name the run's folder: sample.py DIR, "
-                    f"train.py --resume --out DIR")
+        data.refuse(f"no checkpoint {path}: train first (python train.py) or name a run's folder (train.py --out DIR)")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["built"] = model.build(**checkpoint["net"])
-        checkpoint["built"].load_state_dict(checkpoint[part])
-        checkpoint["config"]["data"], checkpoint["step"], checkpoint["optimizers"], checkpoint["label_names"]
+        checkpoint["built"].load_state_dict(checkpoint["ema"])
     except Exception as error:  # torch.load alone raises half a dozen kinds for a damaged file
-        reason = (str(error) or "empty").splitlines()[0]
-        data.refuse(f"{path} is not a checkpoint of this program ({type(error).__name__}: {reason})")
+        data.refuse(f"{path} is not a checkpoint of this program ({error!r:.200})")
     return checkpoint
 
 
-def load(path, device, weights="ema"):
-    """The network of a checkpoint, ready to sample from, its config (a dict) and the names of its labels."""
-    checkpoint = read_checkpoint(path, {"raw": "weights", "ema": "ema"}[weights])
-    net = checkpoint["built"].to(device).eval().requires_grad_(False)
-    return net, checkpoint["config"], checkpoint["label_names"]
-
-
-def streams(n, purpose, seed):
-    """Generators for n samples: what sample i draws is a function of (seed, i) alone, whatever the batch."""
-    return [torch.Generator().manual_seed(data.key(seed, purpose, i)) for i in range(n)]
+def noises(n, shape, purpose, seed):
+    """A function that draws standard normal noise (n, *shape), on the CPU, time and again. What sample i gets depends
+    on (seed, i) alone, whatever the batch."""
+    generators = [torch.Generator().manual_seed(data.key(seed, purpose, i)) for i in range(n)]
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
 def noise(n, shape, seed):
-    """(n, *shape), standard normal, on the CPU."""
-    return torch.stack([torch.randn(shape, generator=g) for g in streams(n, data.SAMPLE, seed)])
+    return noises(n, shape, data.SAMPLE, seed)()
 
 
 def shape_of(config):
@@ -100,14 +87,14 @@ def generate(net, config, z, steps, solver="euler", states=None, y=None, guidanc
 
 
 def parse_label(text, names, config):
-    """--label as y: a class by name or number, attributes by name (comma-separated), or all: one row for each."""
-    if not names:
-        data.refuse(f"--label {text}: this network has learnt no labels; train with --cond all")
-    words = names if text == "all" else text.split(",")
+    """--label as rows of y: a class by name or number, attributes by name (with commas), or all: a row for each."""
+    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+    words = names if names and text == "all" else text.split(",")
     for word in words:
-        if word not in names and not (word.isdecimal() and int(word) < len(names)):
-            data.refuse(f"--label {word}: not one of {', '.join(names)}")
-    y = torch.tensor([names.index(word) if word in names else int(word) for word in words])
+        if word not in numbers:
+            known = ", ".join(names) or "no labels; train with --cond all"
+            data.refuse(f"--label {word}: this network has learnt {known}")
+    y = torch.tensor([numbers[word] for word in words])
     if config["data"] not in ("faces", "celeba"):
         return y
     rows = torch.nn.functional.one_hot(y, len(names))  # several may hold at once
@@ -131,6 +118,7 @@ def write(x, states, config, to, columns=None):
         to.mkdir(exist_ok=True)
         for i, pixels in enumerate(data.to_uint8(x)):
             data.picture(pixels).save(to / f"{i:05d}.png")
+    print(f"wrote {to}")
 
 
 def border_ratio(x, patch, stride):
@@ -154,20 +142,18 @@ def held_out_data(config, n):
 def likelihood(net, config, n, steps, seed, device, batch=64):
     """Prints bits per dimension (pictures) or nats (points) of n held-out samples, with the standard error."""
     points = config["data"] in data.POINTS
-    x = held_out_data(config, n)
-    # Bytes become densities by adding the fraction that rounding took away: (b + u) / 256, stretched to [-1, 1].
-    g = torch.Generator().manual_seed(data.key(seed, data.TRACE))
-    x = x if points else (x + torch.rand(x.shape, generator=g)) / 128 - 1
+    x, g = held_out_data(config, n), torch.Generator().manual_seed(data.key(seed, data.TRACE))
+    if not points:  # bytes become densities by adding the fraction that rounding took away: (b + u) / 256, on [-1, 1]
+        x = (x + torch.rand(x.shape, generator=g)) / 128 - 1
     # From data to noise the training clamp is right: unclamped, an x-prediction's velocity is 0/0 at t = 1, and near
     # it blows up every error. Clamped, it is the field that was trained, and any field has a likelihood.
-    v = fm.velocity(net, config["predict"], fm.PATHS[config["path"]], clamp=fm.CLAMP)
-    parts = []
-    for part in x.split(n if points else batch):
+    v = fm.velocity(net, config["predict"], fm.PATHS[config["path"]], clamped=True)
+    scores = []
+    for part in x.split(batch):
         probe = None if points else torch.randint(0, 2, part.shape, generator=g).to(device) * 2.0 - 1
         log_p, nfe = fm.log_likelihood(v, part.to(device), fm.time_grid(steps)[::-1], "heun", probe)
-        parts.append(log_p.cpu())
-    log_p = torch.cat(parts)
-    score = -log_p if points else fm.bits_per_dimension(log_p, x[0].numel())
+        scores.append(-log_p.cpu() if points else fm.bits_per_dimension(log_p.cpu(), x[0].numel()))
+    score = torch.cat(scores)
     error = score.std(correction=min(1, len(score) - 1)) / math.sqrt(len(score))
     print(f"{score.mean():.3f} +- {error:.3f} {'nats' if points else 'bits per dimension'} on {len(score)} held-out "
           f"samples, {steps} steps of heun, NFE {nfe}")
@@ -178,7 +164,7 @@ def sweep(net, config, e, y):
     points = config["data"] in data.POINTS
     config = {**config, "bf16": False}  # bfloat16's rounding would drown the differences between solvers
     exact, _ = generate(net, config, e, 100, "rk4", y=y)
-    fresh = held_out_data(config, len(e)).to(e.device) if points else None
+    fresh = held_out_data(config, len(e)) if points else None
     print("solver    steps or tol   NFE   RMS distance from the exact flow" + ("   W2 to data" if points else ""))
     trials = [(name, budget // cost) for name, cost in (("euler", 1), ("heun", 2), ("midpoint", 2), ("rk4", 4))
               for budget in (4, 8, 16, 32, 64)]
@@ -194,17 +180,19 @@ def slerp(a, b, s):
     return (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
 
 
-def read_picture(path, mode, res):
-    """A picture that is exactly what the network draws, or a mask of its size, as uint8 (H, W, C)."""
+def read_picture(path, shape, device):
+    """A picture that is exactly what the network draws, or a mask of its size: (1, C, H, W) in [-1, 1]."""
+    if len(shape) < 3:
+        data.refuse(f"{path}: this network draws points, not pictures")
+    mode, res = {1: "L", 3: "RGB"}[shape[0]], shape[-1]
     try:
         with Image.open(path) as im:
-            if (im.mode, im.size) == (mode, (res, res)):
-                return np.array(im).reshape(res, res, -1)
+            pixels = np.array(im)
     except Exception as error:  # whatever a broken file makes a decoder raise
         data.refuse(f"{path} is no picture that can be read ({error})")
-    data.refuse(f"{path} is {im.mode} with {im.width}x{im.height} pixels, needed is {mode} with {res}x{res}; convert "
-                f"it: python -c \"from PIL import Image; Image.open('{path}').convert('{mode}').resize(({res}, {res}))"
-                f".save('fits.png')\"")
+    if (im.mode, im.size) != (mode, (res, res)):
+        data.refuse(f"{path} is {im.mode}, {im.width}x{im.height}; needed is {mode}, {res}x{res}; convert, resize it")
+    return data.to_tensor(pixels.reshape(1, res, res, -1), device)
 
 
 def invert(net, config, x, steps, y):
@@ -214,7 +202,7 @@ def invert(net, config, x, steps, y):
     Both ways with the training clamp, see `likelihood`: there and back must be the same field, and in float32, since
     rounding is all that is lost otherwise.
     """
-    v, states = fm.velocity(net, config["predict"], fm.PATHS[config["path"]], y, clamp=fm.CLAMP), []
+    v, states = fm.velocity(net, config["predict"], fm.PATHS[config["path"]], y, clamped=True), [x]
     e, there = fm.solve(v, x, fm.time_grid(steps)[::-1], "heun", states=states)
     again, back = fm.solve(v, e, fm.time_grid(steps), "heun", states=states)
     print(f"round trip: RMS error {(again - x).square().mean().sqrt():.5f} on [-1, 1], NFE {there} + {back}; "
@@ -222,123 +210,115 @@ def invert(net, config, x, steps, y):
     return torch.cat([x, e, again]), states
 
 
+def between(kind, low, high=math.inf):
+    """A type for argparse: a number of this kind from low to high."""
+
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} must lie between {low} and {high}")
+        return kind(text)
+
+    return number
+
+
+def pair_of_times(text):
+    """A type for argparse: two times, such as 0.1,1."""
+    low, high = map(float, text.split(","))
+    if not low <= high:
+        raise ValueError
+    return low, high
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(description="Draws samples from a trained flow.", allow_abbrev=False)
     parser.error = data.refuse
-    parser.add_argument("folder", help="what train.py wrote, such as out/faces-32")
-    parser.add_argument("--n", type=int, default=64, help="how many samples")
-    parser.add_argument("--steps", type=int, default=50, help="steps of the solver")
+    count, share, ratio = between(int, 1), between(float, 1e-9, 1), between(float, 1e-3, 1e3)
+    parser.add_argument("folder", type=Path, help="what train.py wrote, such as out/faces-32")
+    parser.add_argument("--n", type=count, default=64, help="how many samples")
+    parser.add_argument("--steps", type=count, default=50, help="steps of the solver")
     parser.add_argument("--solver", default="heun", choices=list(fm.SOLVERS))
-    parser.add_argument("--seed", type=int, default=0, help="sample i depends on (seed, i) only")
-    parser.add_argument("--tol", type=float, default=1e-4, help="error that dopri5 allows itself per step")
-    parser.add_argument("--shift", type=float, default=1.0, help="more than 1: smaller steps near the noise")
-    parser.add_argument("--label", default=None, help="class or attribute, by name or number; a,b; or all: a row each")
+    parser.add_argument("--seed", type=between(int, 0), default=0, help="sample i depends on (seed, i) only")
+    parser.add_argument("--tol", type=share, default=1e-4, help="error that dopri5 allows itself per step")
+    parser.add_argument("--shift", type=ratio, default=1.0, help="more than 1: smaller steps near the noise")
+    parser.add_argument("--label", help="class or attribute, by name or number; a,b; or all: a row each")
     parser.add_argument("--guidance", type=float, default=1.0, help="how strongly the label pulls; 1 is not at all")
-    parser.add_argument("--interval", default="0.1,1", help="times between which guidance is on")
+    parser.add_argument("--interval", type=pair_of_times, default=(0.1, 1.0), help="when guidance is on: 0.1,1")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--interpolate", type=int, default=0, help="pictures from each noise to the next")
+    modes.add_argument("--interpolate", type=count, help="pictures from each noise to the next")
     modes.add_argument("--from", dest="source", metavar="PICTURE", help="start from this picture, partly made noise")
-    parser.add_argument("--strength", type=float, default=0.6, help="... how much of it: 1 is all, 0 nothing")
+    parser.add_argument("--strength", type=share, default=0.6, help="... how much of it: 1 is all, 0 nothing")
     modes.add_argument("--inpaint", metavar="PICTURE", help="fill a hole in this picture ...")
     parser.add_argument("--mask", metavar="PICTURE", help="... white where the hole is, else black")
-    modes.add_argument("--invert", metavar="PICTURE", help="instead: the noise that leads to it, and back")
-    modes.add_argument("--sweep", action="store_true", help="instead: a table of error against NFE for every solver")
-    modes.add_argument("--bpd", type=int, default=0, help="instead: the likelihood of so many held-out samples")
-    parser.add_argument("--batch", type=int, default=None, help="samples at once (default: 64; points: all)")
-    parser.add_argument("--weights", default="ema", choices=["ema", "raw"], help="averaged or last weights")
+    modes.add_argument("--invert", metavar="PICTURE", help="instead: to its noise and back, in --steps of heun")
+    modes.add_argument("--sweep", action="store_true", help="instead: a table of error against NFE, all solvers")
+    modes.add_argument("--bpd", type=count, help="instead: likelihood of so many held-out samples, by heun")
+    parser.add_argument("--batch", type=count, default=64, help="how many of them at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--columns", type=int, default=None, help="pictures in a row (default: a square grid)")
-    parser.add_argument("--to", default=None, help="x.png, x.gif, x.npy or a folder (default: FOLDER/samples.png)")
+    parser.add_argument("--columns", type=count, help="pictures in a row (default: a square grid)")
+    parser.add_argument("--to", type=Path, help="x.png, x.gif, x.npy or a folder (default: FOLDER/samples.png)")
     args = parser.parse_args(argv)
-    if any(number is not None and number < 1 for number in (args.n, args.steps, args.batch, args.columns)):
-        data.refuse("--n, --steps, --batch and --columns must be at least 1")
-    if min(args.seed, args.bpd, args.interpolate) < 0 or not (args.tol > 0 and 0 < args.shift < math.inf):
-        data.refuse("--seed, --bpd and --interpolate must not be negative, --tol and --shift must be more than 0")
     if args.interpolate and args.n < 2:
         data.refuse("--interpolate needs --n 2 or more noises to go between")
-    if not 0 < args.strength <= 1:
-        data.refuse(f"--strength {args.strength}: more than 0, at most 1")
     if bool(args.inpaint) != bool(args.mask):
         data.refuse("--inpaint PICTURE and --mask MASK go together")
     if args.guidance != 1 and not args.label:
         data.refuse("--guidance needs a --label to pull towards")
-    try:
-        args.interval = low, high = tuple(map(float, args.interval.split(",")))
-    except ValueError:
-        low, high = 1, 0
-    if not low <= high:
-        data.refuse(f"--interval {args.interval}: two times, such as 0.1,1")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device)
-    path = Path(args.folder)
-    path = path if path.suffix == ".pt" else path / "ckpt.pt"
-    net, config, label_names = load(path, device, args.weights)
+    path = args.folder if args.folder.suffix == ".pt" else args.folder / "ckpt.pt"
+    checkpoint = read_checkpoint(path)
+    net, config = checkpoint["built"].to(device).eval().requires_grad_(False), checkpoint["config"]
     points, shape = config["data"] in data.POINTS, shape_of(config)
-    to = Path(args.to) if args.to else path.parent / "samples.png"
-    if to.suffix not in (".png", ".gif", ".npy", "") or (points and not to.suffix):
-        endings = ".png, .gif or .npy" + ("" if points else ", or none (a folder)")
-        data.refuse(f"cannot write {to}: its ending must be {endings}")
+    to = args.to or path.parent / "samples.png"
+    if to.suffix not in (".png", ".gif", ".npy") and (points or to.suffix):
+        data.refuse(f"cannot write {to}: its ending must be .png, .gif, .npy or, for pictures, none (a folder)")
     data.check_writable(to)
-    y, columns = None, args.columns
-    if args.label:
-        rows = parse_label(args.label, label_names, config)
-        each = math.ceil(args.n / len(rows))
-        args.n, y = each * len(rows), rows.repeat_interleave(each, 0).to(device)
-        columns = columns or (each if len(rows) > 1 else None)
-    picture, picture_name = None, args.source or args.inpaint or args.invert
-    if picture_name:
-        if points:
-            data.refuse(f"{picture_name}: this network draws points, not pictures")
-        pixels = read_picture(picture_name, "L" if shape[0] == 1 else "RGB", config["res"])
-        picture = data.to_tensor(pixels[None], device)
-
     if points and device.type == "cpu":
         torch.set_num_threads(1)  # see train.py
+
+    def batched(*inputs):
+        """The network on all samples, but no more of them at once than memory holds."""
+        return torch.cat([net(*part) for part in zip(*(values.split(args.batch) for values in inputs))])
+
     if args.bpd:
-        return likelihood(net, config, args.bpd, args.steps, args.seed, device, args.batch or 64)
-    e, start, known = noise(args.n, shape, args.seed).to(device), 0.0, None
+        return likelihood(net, config, args.bpd, args.steps, args.seed, device, args.batch)
+    labels = parse_label(args.label, checkpoint["label_names"], config) if args.label else torch.tensor([-1])
+    each = math.ceil(args.n / len(labels))
+    columns = args.columns or (each if len(labels) > 1 else None)
+    y = labels.repeat_interleave(each, 0).to(device)
+    e, start, known = noise(len(y), shape, args.seed).to(device), 0.0, None
     if args.sweep:
-        return sweep(net, config, e, y)
+        return sweep(batched, config, e, y)
     if args.invert:
-        write(*invert(net, config, picture, args.steps, None if y is None else y[:1]), config, to, columns or 3)
-        return print(f"wrote {to}")
+        picture = read_picture(args.invert, shape, device)
+        return write(*invert(net, config, picture, args.steps, y[:1]), config, to, args.columns or 3)
     if args.interpolate:  # a row from each noise to the next
         columns, s = args.interpolate, torch.linspace(0, 1, args.interpolate).tolist()
         e = torch.stack([slerp(a, b, part) for a, b in zip(e, e.roll(-1, 0)) for part in s])
-        y = None if y is None else y.repeat_interleave(columns, 0)
+        y = y.repeat_interleave(columns, 0)
     if args.source:  # SDEdit (Meng et al. 2021, arXiv 2108.01073): noise hides detail and keeps the layout
         start = 1 - args.strength
         alpha, sigma, _, _ = fm.PATHS[config["path"]](torch.tensor(start))
-        e = alpha * picture + sigma * e
+        e = alpha * read_picture(args.source, shape, device) + sigma * e
     if args.inpaint:
-        hole = read_picture(args.mask, "L", config["res"])
-        hole = torch.from_numpy(hole > 127).to(device).permute(2, 0, 1)
+        hole = read_picture(args.mask, (1, *shape[1:]), device) > 0
+        known = read_picture(args.inpaint, shape, device), hole, noises(len(e), shape, data.INPAINT, args.seed)
 
-    size = args.batch or (len(e) if points else 64)
-    generators, began, parts, states = streams(len(e), data.INPAINT, args.seed), time.time(), [], []
-    for i in range(0, len(e), size):
-        if args.inpaint:
-            known = picture, hole, lambda: torch.stack([torch.randn(shape, generator=g)
-                                                        for g in generators[i : i + size]]).to(device)
-        states.append([] if to.suffix == ".gif" else None)
-        x, nfe = generate(net, config, e[i : i + size], args.steps, args.solver, states[-1],
-                          None if y is None else y[i : i + size], args.guidance, args.interval, args.shift, args.tol,
-                          start, known)
-        parts.append(x)
-    seconds = time.time() - began
-    states = [torch.cat(batch) for batch in zip(*states)] if to.suffix == ".gif" else None
-    x = torch.cat(parts)
-    write(x, states, config, to, columns)
+    states, began = [e] if to.suffix == ".gif" else None, time.time()
+    x, nfe = generate(batched, config, e, args.steps, args.solver, states, y, args.guidance, args.interval, args.shift,
+                      args.tol, start, known)
+    x = x.cpu()  # a GPU has finished then
+    rate = len(x) / (time.time() - began)
     how = f"dopri5 to {args.tol:g}" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
-    print(f"{len(e)} samples, {how}, NFE {nfe}, {len(e) / seconds:.1f} samples/s")
+    print(f"{len(x)} samples, {how}, NFE {nfe}, {rate:.1f} samples/s")
     if config["model"] == "transformer":
         ratio = border_ratio(x, config["patch"], config["stride"])
         print(f"squared gradient at patch borders: {ratio:.3f} of that elsewhere")
-    print(f"wrote {to}")
+    write(x, states, config, to, columns)
 
 
 if __name__ == "__main__":

@@ -292,9 +292,9 @@ def test_solver_runs_backwards_to_where_it_came_from_and_counts_evaluations(solv
 
 
 def test_euler_with_100_steps_follows_a_sine_closely():
-    states = []
+    states = [torch.zeros(1, 1)]
     v = lambda z, t: torch.full_like(z, 2 * math.pi * math.cos(2 * math.pi * t))
-    fm.solve(v, torch.zeros(1, 1), fm.time_grid(100), states=states)
+    fm.solve(v, states[0], fm.time_grid(100), states=states)
     sine = np.sin(2 * np.pi * np.arange(101) / 100)
     bound = 0.01 / 2 * 4 * np.pi  # h/2 times the largest change of slope
     assert np.abs(torch.cat(states).flatten().numpy() - sine).max() <= bound * 1.01
@@ -396,7 +396,7 @@ def test_unpatchify_inverts_patchify_for_every_stride_but_not_without_the_mask(p
     assert patches.shape == (2, ((16 - patch) // stride + 1) ** 2, 3 * patch**2)
     torch.testing.assert_close(model.unpatchify(patches, 16, patch, stride), z)
     unmasked = F.fold(patches.transpose(1, 2), 16, patch, stride=stride)
-    assert torch.allclose(unmasked, z) == (model.overlap(16, patch, stride).max() == 1)
+    assert torch.allclose(unmasked, z) == (stride == patch or patch == 16)
 
 
 def test_stride_that_does_not_fit_names_the_nearest_that_do():
@@ -1233,13 +1233,6 @@ def test_a_sample_depends_on_seed_and_index_only(faces_run):
     np.testing.assert_allclose(a[:3], b, atol=1e-6)
     assert np.abs(a - c).max() > 1e-4 and np.abs(a[0] - a[1]).max() > 1e-4
     assert torch.equal(sample.noise(2, (3,), 0), sample.noise(5, (3,), 0)[:2])
-
-
-def test_raw_weights_can_be_sampled_and_differ_from_the_average(faces_run):
-    run = str(faces_run[0] / "out/pets-16")
-    for weights in ("ema", "raw"):
-        sample.main([run, "--n", "1", "--steps", "2", "--weights", weights, "--to", f"{weights}.npy"])
-    assert not np.array_equal(np.load("ema.npy"), np.load("raw.npy"))
 
 
 def test_solver_steps_and_columns_of_sample_are_obeyed(faces_run, capsys):
