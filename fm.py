@@ -241,7 +241,7 @@ def dopri5(v, z, t, s, tol):
         if ratio <= 1:
             t, z, k = (s if h == s - t else t + h), new, ks[-1]  # the last stage is the next step's first
         elif abs(h) < 1e-9:
-            raise ValueError(f"dopri5: no step is short enough at t = {t:.6f} for tol = {tol}")
+            raise ArithmeticError(f"dopri5: no step is short enough at t = {t:.6f} for tol = {tol}")
         h *= min(5.0, max(0.2, 0.9 * max(ratio, 1e-10) ** -0.2))
     return z
 

@@ -133,8 +133,7 @@ def border_ratio(x, patch, stride):
 def held_out_data(config, n):
     """n samples that were not trained on, as a tensor: points, or bytes (n, C, H, W) as floats 0..255."""
     if config["data"] in data.POINTS:
-        rng = np.random.default_rng(data.key(1, data.HELD_OUT, 0))
-        return torch.from_numpy(data.points(config["data"], n, rng))
+        return data.points(config["data"], n, data.key(1, data.HELD_OUT, 0))
     images = data.load(config["data"], config["root"], config["res"])[0]
     return torch.from_numpy(images[data.split(len(images))[1][:n]]).permute(0, 3, 1, 2).float()
 
@@ -210,17 +209,6 @@ def invert(net, config, x, steps, y):
     return torch.cat([x, e, again]), states
 
 
-def between(kind, low, high=math.inf):
-    """A type for argparse: a number of this kind from low to high."""
-
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} must lie between {low} and {high}")
-        return kind(text)
-
-    return number
-
-
 def pair_of_times(text):
     """A type for argparse: two times, such as 0.1,1."""
     low, high = map(float, text.split(","))
@@ -232,12 +220,12 @@ def pair_of_times(text):
 def parse(argv):
     parser = argparse.ArgumentParser(description="Draws samples from a trained flow.", allow_abbrev=False)
     parser.error = data.refuse
-    count, share, ratio = between(int, 1), between(float, 1e-9, 1), between(float, 1e-3, 1e3)
+    count, share, ratio = data.between(int, 1), data.between(float, 1e-9, 1), data.between(float, 1e-3, 1e3)
     parser.add_argument("folder", type=Path, help="what train.py wrote, such as out/faces-32")
     parser.add_argument("--n", type=count, default=64, help="how many samples")
     parser.add_argument("--steps", type=count, default=50, help="steps of the solver")
     parser.add_argument("--solver", default="heun", choices=list(fm.SOLVERS))
-    parser.add_argument("--seed", type=between(int, 0), default=0, help="sample i depends on (seed, i) only")
+    parser.add_argument("--seed", type=data.between(int, 0), default=0, help="sample i depends on (seed, i) only")
     parser.add_argument("--tol", type=share, default=1e-4, help="error that dopri5 allows itself per step")
     parser.add_argument("--shift", type=ratio, default=1.0, help="more than 1: smaller steps near the noise")
     parser.add_argument("--label", help="class or attribute, by name or number; a,b; or all: a row each")

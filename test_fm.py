@@ -590,7 +590,7 @@ def test_labels_are_hidden_one_by_one_and_stay_with_their_pictures_under_ot():
 
 @pytest.mark.parametrize("name", data.POINTS)
 def test_points_fill_their_shape(name):
-    p = data.points(name, 4000, np.random.default_rng(0))
+    p = data.points(name, 4000, seed=0).numpy()
     assert p.shape == (4000, 2) and p.dtype == np.float32 and np.abs(p).max() < 6.5
     x, y = p.T
     if name == "checkerboard":

@@ -122,9 +122,9 @@ def fitting_patches(res, patch):
 
 CHOICES = {"predict": ["x", "e", "v"], "loss": ["x", "e", "v"], "path": fm.PATHS, "time": ["logit-normal", "uniform"],
            "model": model.KINDS, "norm": model.NORMS, "attention": model.ATTENTION, "optimizer": ["muon", "adamw"]}
-# Whole numbers start at 1, others at 0, and both end where float32 does (not at infinity), but for these.
-LOWEST = {"res": 8, "seed": 0, "warmup": 0, "lr": 1e-9, "clip": 1e-9, "t_mean": -1e38}
-HIGHEST = {"cooldown": 1, "ema": 1, "drop": 1, "cover": 1, "seed": 2**63 - 1}
+# The least that a number may be, and the most. Those not listed start at 1 if they are whole, else at 0.
+LIMITS = {"res": (8,), "seed": (0, 2**63 - 1), "warmup": (0,), "lr": (1e-9,), "clip": (1e-9,), "t_mean": (-1e38,)}
+LIMITS |= dict.fromkeys(("cooldown", "ema", "drop", "cover"), (0, 1))
 # If any of these changed, a checkpoint's weights would mean something else, or not fit.
 FIXED = "data res predict path model patch stride width depth heads norm optimizer cond".split()
 PREVIEW_PICTURES, PREVIEW_STEPS, HELD_OUT_PICTURES = 16, 20, 200
@@ -138,6 +138,8 @@ def parse(argv):
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config).replace("%", "%%"), re.M))
     for field in dataclasses.fields(Config):
         how = dict(type=field.type, choices=CHOICES.get(field.name), metavar=field.name.upper())
+        if field.type in (int, float):
+            how["type"] = data.between(field.type, *LIMITS.get(field.name, (1 if field.type is int else 0,)))
         if field.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument("--" + field.name.replace("_", "-"), help=f"{helps[field.name]} [{field.default}]", **how)
@@ -156,10 +158,6 @@ def resolve(given):
     name = given.get("data", Config.data)
     if not name:
         data.refuse("--data needs a name or a path")
-    for field, value in given.items():
-        low, high = LOWEST.get(field, 1 if type(value) is int else 0), HIGHEST.get(field, 1e38)
-        if type(value) in (int, float) and not low <= value <= high:
-            data.refuse(f"--{field.replace('_', '-')} {value}: must lie between {low} and {high}")
     res = given.get("res", data.OFFICIAL[name]["res"] if name in data.OFFICIAL else Config.res)
     config = Config(**{"res": res, **preset(name, res, given.get("model")), **given})
     config.out = config.out or f"out/{data.stem(name)}" + ("" if name in data.POINTS else f"-{res}")
@@ -188,7 +186,7 @@ def batch(config, images, labels, step, rank, world, device):
     seed = data.key(config.seed, data.BATCH, step, rank)
     g = torch.Generator(device).manual_seed(seed)
     if images is None:
-        x = torch.from_numpy(data.points(config.data, n, np.random.default_rng(seed))).to(device)
+        x = data.points(config.data, n, seed).to(device)
     else:
         train, _ = data.split(len(images))
         chosen = train[data.batch_indices(len(train), config.batch, step, config.seed).reshape(world, n)[rank]]
@@ -335,8 +333,7 @@ def preview(ema, config, images, labels, device):
 def wasserstein(ema, config, device):
     """How far samples are from fresh data, by number of Euler steps: exact W2 on 2,048 points (claims of straighter
     paths are claims about few steps). Returns {steps: W2}; 0 steps stands for the floor, data against data."""
-    rngs = (np.random.default_rng(data.key(1, data.HELD_OUT, i)) for i in range(2))
-    fresh, other = (torch.from_numpy(data.points(config.data, 2048, rng)) for rng in rngs)
+    fresh, other = (data.points(config.data, 2048, data.key(1, data.HELD_OUT, i)) for i in range(2))
     e = sample.noise(2048, (2,), seed=1).to(device)
     clouds = {0: other} | {k: sample.generate(ema, vars(config), e, k)[0].cpu() for k in (1, 2, 4, 10, 100)}
     with ThreadPoolExecutor() as pool:  # scipy's assignment releases the GIL
@@ -499,7 +496,7 @@ def main(argv=None):
                 print(f"held-out loss {rows[-1]['held_out']:.4f}", flush=True)
             if milestone or signalled:
                 keep("ckpt.pt", done)
-                write_log(out, rows)
+            write_log(out, rows)
             if milestone:
                 preview(ema, config, images, labels, device).save(out / "samples" / f"{done:06d}.png")
             total.zero_()
