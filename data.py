@@ -14,7 +14,6 @@ import gzip
 import hashlib
 import inspect
 import io
-import platform
 import signal
 import sys
 import tarfile
@@ -43,6 +42,8 @@ def refuse(message, status=2):
 def check_writable(path):
     """Makes the folder of `path`, or `path` itself where that is to be a folder, as it has no ending. What cannot be
     made is refused before the work, not after it."""
+    if path.suffix and path.is_dir():
+        refuse(f"cannot write {path}: there is a folder of that name")
     try:
         (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -61,17 +62,19 @@ def between(kind, low, high=1e38):
 
 
 def run(main):
-    """Runs a program. What the system denies it, a full disk or a missing right, is told like any other failure."""
+    """Runs a program. A full disk, a missing right, too little memory are told in a line, like any other failure."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no Unicode
     for number in (signal.SIGINT, signal.SIGTERM):  # as an exception, so that half-written files are removed
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    if platform.libc_ver()[0] == "glibc":
-        # Its malloc gives freed memory back to the system, and the next tensor pays for it anew, with a page fault for
-        # every 4 KiB: a seventh of a training step on a CPU. So: M_TRIM_THRESHOLD never, M_MMAP_MAX none.
-        for option, value in ((-1, -1), (-4, 0)):
-            ctypes.CDLL(None).mallopt(option, value)
+    if sys.platform == "linux":
+        # malloc gives freed memory back to the system, and the next tensor pays for it anew, with a page fault for
+        # every 4 KiB: a seventh of a training step on a CPU. So it shall trim nothing and map nothing (see malloc.h).
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
     try:
         main()
-    except (OSError, ArithmeticError, torch.OutOfMemoryError) as error:
+    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         refuse(str(error).partition("\n")[0], status=1)
 
 
@@ -369,8 +372,9 @@ def parse(content):
     return [rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]]
 
 
-def read_official(paths, res):
+def read_official(name, paths, res):
     """How many samples there are, and a stream of them; `split` decides anew which ones are held out."""
+    again = f"then get it anew: python train.py --data {name} --download"
     arrays = []  # pictures, labels, pictures, labels, ...
     for path in paths:
         try:
@@ -383,11 +387,10 @@ def read_official(paths, res):
             if not len(arrays[-1]):
                 raise ValueError("empty")
         except Exception as error:  # gzip, tarfile and numpy raise half a dozen kinds for a damaged file
-            refuse(f"{path} is cut short or damaged ({error}); delete it and run the same command with --download")
+            refuse(f"{path} is cut short or damaged ({error}); delete it, {again}")
     images, labels = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
     if len(images) != len(labels) or labels.max() > 9:
-        refuse(f"{paths[0].parent}: pictures and labels do not belong together; delete them and run the same command "
-               f"with --download")
+        refuse(f"{paths[0].parent}: pictures and labels do not belong together; delete them, {again}")
     resized = (np.asarray(Image.fromarray(p).resize((res, res), Image.Resampling.LANCZOS)) for p in images)
     return len(images), zip(resized, labels)
 
@@ -455,9 +458,9 @@ def stream_files(place, names, labels, res):
 def write_pack(pack, stream, n):
     """Writes a stream of n to `pack`, raw bytes of one picture after another, and the labels to a .npy beside it.
 
-    Both grow in a folder of their own, which goes whatever happens, and move when they are whole.
+    Both are written in a folder of their own, which goes whatever happens, and move when they are whole.
     """
-    labels, began = [], time.time()
+    labels, began = [], time.perf_counter()
     pack.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="part-", dir=pack.parent) as folder:
         part = Path(folder, "part")
@@ -466,7 +469,7 @@ def write_pack(pack, stream, n):
                 file.write(pixels.tobytes())
                 labels.append(label)
                 if done % 2000 == 0 or done == n:
-                    print(f"  {done:,} of {n:,}  {done / (time.time() - began):,.0f} pictures/s", flush=True)
+                    print(f"  {done:,} of {n:,}  {done / (time.perf_counter() - began):,.0f} pictures/s", flush=True)
         if not labels:
             refuse(f"none of the {n:,} pictures could be decoded")
         np.save(part.with_suffix(".npy"), np.array(labels, np.int64))
@@ -481,15 +484,15 @@ def channels(name):
 def load(name, root="data", res=32):
     """A dataset by name or path, packed on first use: (images, labels, label_names).
 
-    images: uint8 (N, res, res, C), memory-mapped. labels: int64, multi-hot (N, K) for faces and celeba, else (N,).
+    images: uint8 (N, res, res, C), memory-mapped. labels: int64 (N,), or multi-hot (N, K) for attributes.
     """
     root = Path(root)
     if name in OFFICIAL:
         about, (sources, missing) = OFFICIAL[name], look(name, root)
         if missing:
-            refuse(f"{name} is not there: no {', '.join(missing)} (or unpacked) in {root / name}/. Run the same "
-                   f"command with --download, or get each as {about['url']}NAME, into that folder")
-        label_names, samples = about["label_names"], lambda: read_official(sources, res)
+            refuse(f"{name} is not there: no {', '.join(missing)} (or unpacked) in {root / name}/. Type python "
+                   f"train.py --data {name} --download, or get each as {about['url']}NAME, into that folder")
+        label_names, samples = about["label_names"], lambda: read_official(name, sources, res)
     elif name == "faces":
         label_names, samples = FACE_ATTRIBUTES, lambda: (FACES, stream_faces(res))
         sources = [Path(__file__)]  # whoever changes the drawing sees the change
@@ -602,7 +605,7 @@ def plot(curves, xlabel):
         draw.text((108, y), f"{10 ** tick[1]:.3g}", grey, font, "rm")
         draw.text((x, 762), f"{tick[0]:,.0f}", grey, font, "mt")
     for i, (name, line, colour) in enumerate(zip(curves, lines, ("#2846a0", "#e07020", "#208040", "#a02860"))):
-        draw.line(place(line).ravel().tolist(), colour, 4, "curve")
+        draw.line(place(line).ravel().tolist(), colour, 4)
         draw.text((1398, 42 + 34 * i), name, colour, font, "rt")
     draw.text((720, 828), xlabel, grey, font, "mb")
     return im.reduce(2)

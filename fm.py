@@ -234,14 +234,14 @@ def dopri5(v, z, t, s, tol):
         h = s - t if abs(h) > abs(s - t) else h
         ks = [k]
         for c, row in zip(DOPRI_T[1:], DOPRI_A):
-            new = z + h * sum(a * k for a, k in zip(row, ks) if a)
+            new = z + h * sum(a * stage for a, stage in zip(row, ks) if a)
             ks.append(v(new, s if c == 1 and h == s - t else t + c * h))
-        error = h * sum(b * k for b, k in zip(DOPRI_ERROR, ks) if b)
+        error = h * sum(b * stage for b, stage in zip(DOPRI_ERROR, ks) if b)
         ratio = (error / (tol * (1 + torch.maximum(z.abs(), new.abs())))).square().mean().sqrt().item()
         if ratio <= 1:
             t, z, k = (s if h == s - t else t + h), new, ks[-1]  # the last stage is the next step's first
         elif abs(h) < 1e-9:
-            raise ArithmeticError(f"dopri5: no step is short enough at t = {t:.6f} for tol = {tol}")
+            raise FloatingPointError(f"dopri5: no step is short enough at t = {t:.6f} for tol = {tol}")
         h *= min(5.0, max(0.2, 0.9 * max(ratio, 1e-10) ** -0.2))
     return z
 

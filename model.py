@@ -80,8 +80,9 @@ def check_stride(res, patch, stride):
     fitting = strides_that_fit(res, patch)
     if stride not in fitting:
         near = sorted(sorted(fitting, key=lambda s: abs(s - stride))[:2])
-        raise ValueError(f"stride {stride} does not fit patch {patch} at res {res}: it must be at most patch, and "
-                         f"res - patch a multiple of it; nearest that fit: {', '.join(map(str, near)) or 'none'}")
+        raise ValueError(f"stride {stride} does not fit patch {patch} at res {res}: patch is at most res, stride at "
+                         f"most patch, and res - patch a multiple of stride; nearest that fit: "
+                         f"{', '.join(map(str, near)) or 'none'}")
 
 
 def patchify(z, patch, stride):

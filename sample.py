@@ -22,17 +22,19 @@ import model
 
 def pick_device(name):
     """"auto" is the best there is. An absent device is the user's mistake."""
-    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if name not in ("auto", "cpu", best.type):
-        data.refuse(f"no device {name} here; the best there is: {best.type}")
-    return best if name == "auto" else torch.device(name)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [device for device in there if there[device]]
+    if name not in ("auto", *there):
+        data.refuse(f"no device {name} here; there is: {', '.join(there)}")
+    return torch.device(there[0] if name == "auto" else name)
 
 
 def has_bf16(device):
-    """Does the hardware multiply matrices in bfloat16 natively? CUDA GPUs of interest do, CPUs say so."""
+    """Does the hardware multiply matrices in bfloat16 natively?"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    native = {"cuda": True, "cpu": bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))}
-    return native.get(device.type, False)
+    return device.type == "cpu" and bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
 
 def autocast(device, bf16=True):
@@ -48,9 +50,16 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["built"] = model.build(**checkpoint["net"])
         checkpoint["built"].load_state_dict(checkpoint["ema"])
+        checkpoint["step"], checkpoint["config"]["data"], checkpoint["label_names"], checkpoint["log"]
     except Exception as error:  # torch.load alone raises half a dozen kinds for a damaged file
         data.refuse(f"{path} is not a checkpoint of this program ({error!r:.200})")
     return checkpoint
+
+
+def batched(net, size):
+    """The network, for more samples than memory holds: not more than `size` of them pass it at once."""
+    parts = lambda inputs: zip(*(values.split(size) for values in inputs if values is not None))  # y may be None
+    return lambda *inputs: torch.cat([net(*part) for part in parts(inputs)])
 
 
 def noises(n, shape, purpose, seed):
@@ -115,7 +124,6 @@ def write(x, states, config, to, columns=None):
     elif to.suffix == ".npy":
         np.save(to, x.cpu().numpy())
     else:
-        to.mkdir(exist_ok=True)
         for i, pixels in enumerate(data.to_uint8(x)):
             data.picture(pixels).save(to / f"{i:05d}.png")
     print(f"wrote {to}")
@@ -126,7 +134,7 @@ def border_ratio(x, patch, stride):
     of patches makes it larger than it is in the data. x: (B, C, H, W)."""
     steps = x.diff(dim=3).square().mean((0, 1, 2)) + x.diff(dim=2).square().mean((0, 1, 3))  # (W-1,)
     starts = torch.arange(0, x.shape[3] - patch + 1, stride)
-    border = torch.isin(torch.arange(1, x.shape[3]), torch.cat([starts, starts + patch])).to(x.device)
+    border = torch.isin(torch.arange(1, x.shape[3]), torch.cat([starts, starts + patch]))
     return (steps[border].mean() / steps[~border].mean()).item()
 
 
@@ -186,11 +194,12 @@ def read_picture(path, shape, device):
     mode, res = {1: "L", 3: "RGB"}[shape[0]], shape[-1]
     try:
         with Image.open(path) as im:
-            pixels = np.array(im)
+            found, pixels = f"{im.mode} {im.width}x{im.height}", np.array(im)
     except Exception as error:  # whatever a broken file makes a decoder raise
         data.refuse(f"{path} is no picture that can be read ({error})")
-    if (im.mode, im.size) != (mode, (res, res)):
-        data.refuse(f"{path} is {im.mode}, {im.width}x{im.height}; needed is {mode}, {res}x{res}; convert, resize it")
+    if found != f"{mode} {res}x{res}":
+        data.refuse(f"{path} is {found}, needed is {mode} {res}x{res}: python -c \"from PIL import Image; Image.open("
+                    f"'{path}').convert('{mode}').resize(({res}, {res})).save('fits.png')\"")
     return data.to_tensor(pixels.reshape(1, res, res, -1), device)
 
 
@@ -220,27 +229,27 @@ def pair_of_times(text):
 def parse(argv):
     parser = argparse.ArgumentParser(description="Draws samples from a trained flow.", allow_abbrev=False)
     parser.error = data.refuse
-    count, share, ratio = data.between(int, 1), data.between(float, 1e-9, 1), data.between(float, 1e-3, 1e3)
+    count, ratio, tolerance = data.between(int, 1), data.between(float, 1e-3, 1e3), data.between(float, 1e-6, 1)
     parser.add_argument("folder", type=Path, help="what train.py wrote, such as out/faces-32")
     parser.add_argument("--n", type=count, default=64, help="how many samples")
     parser.add_argument("--steps", type=count, default=50, help="steps of the solver")
     parser.add_argument("--solver", default="heun", choices=list(fm.SOLVERS))
     parser.add_argument("--seed", type=data.between(int, 0), default=0, help="sample i depends on (seed, i) only")
-    parser.add_argument("--tol", type=share, default=1e-4, help="error that dopri5 allows itself per step")
+    parser.add_argument("--tol", type=tolerance, default=1e-4, help="error that dopri5 allows itself per step")
     parser.add_argument("--shift", type=ratio, default=1.0, help="more than 1: smaller steps near the noise")
     parser.add_argument("--label", help="class or attribute, by name or number; a,b; or all: a row each")
-    parser.add_argument("--guidance", type=float, default=1.0, help="how strongly the label pulls; 1 is not at all")
+    parser.add_argument("--guidance", type=data.between(float, 0), default=1.0, help="the label's pull; 1: as trained")
     parser.add_argument("--interval", type=pair_of_times, default=(0.1, 1.0), help="when guidance is on: 0.1,1")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--interpolate", type=count, help="pictures from each noise to the next")
     modes.add_argument("--from", dest="source", metavar="PICTURE", help="start from this picture, partly made noise")
-    parser.add_argument("--strength", type=share, default=0.6, help="... how much of it: 1 is all, 0 nothing")
+    parser.add_argument("--strength", type=data.between(float, 1e-3, 1), default=0.6, help="... 1: only noise is left")
     modes.add_argument("--inpaint", metavar="PICTURE", help="fill a hole in this picture ...")
     parser.add_argument("--mask", metavar="PICTURE", help="... white where the hole is, else black")
     modes.add_argument("--invert", metavar="PICTURE", help="instead: to its noise and back, in --steps of heun")
     modes.add_argument("--sweep", action="store_true", help="instead: a table of error against NFE, all solvers")
     modes.add_argument("--bpd", type=count, help="instead: likelihood of so many held-out samples, by heun")
-    parser.add_argument("--batch", type=count, default=64, help="how many of them at once")
+    parser.add_argument("--batch", type=count, default=64, help="samples that pass the network at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--columns", type=count, help="pictures in a row (default: a square grid)")
     parser.add_argument("--to", type=Path, help="x.png, x.gif, x.npy or a folder (default: FOLDER/samples.png)")
@@ -267,27 +276,24 @@ def main(argv=None):
     data.check_writable(to)
     if points and device.type == "cpu":
         torch.set_num_threads(1)  # see train.py
-
-    def batched(*inputs):
-        """The network on all samples, but no more of them at once than memory holds."""
-        return torch.cat([net(*part) for part in zip(*(values.split(args.batch) for values in inputs))])
-
     if args.bpd:
         return likelihood(net, config, args.bpd, args.steps, args.seed, device, args.batch)
-    labels = parse_label(args.label, checkpoint["label_names"], config) if args.label else torch.tensor([-1])
+    net = batched(net, args.batch)
+    no_label = torch.tensor([-1])
+    labels = parse_label(args.label, checkpoint["label_names"], config) if args.label else no_label
     each = math.ceil(args.n / len(labels))
     columns = args.columns or (each if len(labels) > 1 else None)
     y = labels.repeat_interleave(each, 0).to(device)
     e, start, known = noise(len(y), shape, args.seed).to(device), 0.0, None
     if args.sweep:
-        return sweep(batched, config, e, y)
+        return sweep(net, config, e, y)
     if args.invert:
         picture = read_picture(args.invert, shape, device)
         return write(*invert(net, config, picture, args.steps, y[:1]), config, to, args.columns or 3)
     if args.interpolate:  # a row from each noise to the next
-        columns, s = args.interpolate, torch.linspace(0, 1, args.interpolate).tolist()
+        columns, s = args.columns or args.interpolate, torch.linspace(0, 1, args.interpolate).tolist()
         e = torch.stack([slerp(a, b, part) for a, b in zip(e, e.roll(-1, 0)) for part in s])
-        y = y.repeat_interleave(columns, 0)
+        y = y.repeat_interleave(args.interpolate, 0)
     if args.source:  # SDEdit (Meng et al. 2021, arXiv 2108.01073): noise hides detail and keeps the layout
         start = 1 - args.strength
         alpha, sigma, _, _ = fm.PATHS[config["path"]](torch.tensor(start))
@@ -296,11 +302,12 @@ def main(argv=None):
         hole = read_picture(args.mask, (1, *shape[1:]), device) > 0
         known = read_picture(args.inpaint, shape, device), hole, noises(len(e), shape, data.INPAINT, args.seed)
 
-    states, began = [e] if to.suffix == ".gif" else None, time.time()
-    x, nfe = generate(batched, config, e, args.steps, args.solver, states, y, args.guidance, args.interval, args.shift,
+    states = [e] if to.suffix == ".gif" else None
+    began = time.perf_counter()
+    x, nfe = generate(net, config, e, args.steps, args.solver, states, y, args.guidance, args.interval, args.shift,
                       args.tol, start, known)
     x = x.cpu()  # a GPU has finished then
-    rate = len(x) / (time.time() - began)
+    rate = len(x) / (time.perf_counter() - began)
     how = f"dopri5 to {args.tol:g}" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
     print(f"{len(x)} samples, {how}, NFE {nfe}, {rate:.1f} samples/s")
     if config["model"] == "transformer":

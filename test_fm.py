@@ -704,6 +704,21 @@ def test_no_readable_picture_is_refused_and_nothing_half_packed_stays(capsys):
     assert list(Path("data/cache").iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a remedy for Linux's malloc")
+def test_freed_memory_is_used_again_without_page_faults():
+    code = """if True:
+        import resource, data, torch
+        def main():
+            for step in range(40):
+                if step == 20:
+                    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                torch.zeros(2**24)  # 64 MiB, 16,384 pages
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        data.run(main)"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout
+    assert int(said) < 16_384  # 20 times as many if each one were fetched anew
+
+
 def test_a_full_disk_while_packing_is_told_in_a_line_and_leaves_nothing_behind():
     make_pictures(Path("pets"), 9)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # noqa: E731  stands in for the disk's
@@ -1545,6 +1560,19 @@ def test_resume_refuses_another_shape_a_finished_run_and_a_damaged_file(capsys, 
     assert Path("out/moons/ckpt.pt").read_bytes() == before
     Path("out/moons/ckpt.pt").write_bytes(before[: len(before) // 2])
     refused(capsys, lambda: train.main([*args, "--resume"]), "not a checkpoint")
+    kept = torch.load(io.BytesIO(before), weights_only=True)
+    kept["config"]["older_name"] = 1
+    torch.save(kept, "out/moons/ckpt.pt")
+    refused(capsys, lambda: train.main([*args, "--resume"]), "another version", "--out")
+
+
+def test_resume_refuses_labels_that_are_no_longer_the_same(capsys):
+    make_pictures(Path("pets/cats"), 8)
+    make_pictures(Path("pets/dogs"), 8)
+    args = ["--data", "pets", "--res", "16", "--cond", "all", *TINY]
+    train.main([*args, "--steps", "1"])
+    Path("pets/dogs").rename("pets/ants")  # as many labels, but cats would be called ants
+    refused(capsys, lambda: train.main([*args, "--steps", "2", "--resume"]), "labels", "out/pets-16", "--out")
 
 
 @pytest.mark.parametrize("args,words", [
@@ -1558,8 +1586,10 @@ def test_resume_refuses_another_shape_a_finished_run_and_a_damaged_file(capsys, 
     (["RUN", "--shift", "inf"], ["--shift"]),
     (["RUN", "--seed", "-1"], ["--seed"]),
     (["RUN", "--to", f"{HERE / 'fm.py'}/x.png"], ["fm.py"]),
+    (["RUN", "--to", "folder.png"], ["folder.png", "folder of that name"]),
 ], ids=str)
 def test_sample_refuses_what_cannot_work(args, words, faces_run, capsys):
+    Path("folder.png").mkdir()
     run = str(faces_run[0] / "out/pets-16")
     refused(capsys, lambda: sample.main([run if a == "RUN" else a for a in args]), *words)
 

@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -139,7 +138,8 @@ def parse(argv):
     for field in dataclasses.fields(Config):
         how = dict(type=field.type, choices=CHOICES.get(field.name), metavar=field.name.upper())
         if field.type in (int, float):
-            how["type"] = data.between(field.type, *LIMITS.get(field.name, (1 if field.type is int else 0,)))
+            least = 1 if field.type is int else 0
+            how["type"] = data.between(field.type, *LIMITS.get(field.name, (least,)))
         if field.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument("--" + field.name.replace("_", "-"), help=f"{helps[field.name]} [{field.default}]", **how)
@@ -161,6 +161,8 @@ def resolve(given):
     res = given.get("res", data.OFFICIAL[name]["res"] if name in data.OFFICIAL else Config.res)
     config = Config(**{"res": res, **preset(name, res, given.get("model")), **given})
     config.out = config.out or f"out/{data.stem(name)}" + ("" if name in data.POINTS else f"-{res}")
+    if Path(config.out).is_file():
+        data.refuse(f"--out {config.out}: there is a file of that name")
     if (config.model == "mlp") != (name in data.POINTS):
         data.refuse(f"--model {config.model} --data {name}: mlp is for points, transformer and unet are for pictures")
     return config
@@ -246,6 +248,7 @@ def held_out(net, config, images, labels, device):
         y = None if labels is None else torch.from_numpy(labels[chosen]).to(device)
     e = torch.randn(x.shape, generator=torch.Generator().manual_seed(data.key(0, data.HELD_OUT, 1)))
     t = (torch.arange(len(x), device=device) + 0.5) / len(x)
+    net = sample.batched(net, 50)
     with sample.autocast(device, config.bf16):
         losses = fm.loss(net, x.to(device), e.to(device), t, y, config.predict, config.loss, fm.PATHS[config.path])
     return [part.mean().item() for part in losses.tensor_split(10)]
@@ -279,6 +282,8 @@ def resume_from(given):
     """
     out = Path(resolve(given).out)
     last = sample.read_checkpoint(out / "ckpt.pt")
+    if last["config"].keys() - vars(Config()):
+        data.refuse(f"{out / 'ckpt.pt'} is of another version of this program; start anew: --out DIR")
     was, done = Config(**last["config"]), last["step"]
     config = dataclasses.replace(was, **{**given, "out": str(out)})
     for field in FIXED:
@@ -287,8 +292,9 @@ def resume_from(given):
                         f"flag out, or start anew in another folder: --out DIR")
     if done >= config.steps:
         data.refuse(f"{out} is at step {done} already; to train longer, ask for more: --steps {2 * done}")
-    falls = cooldown_start(config)  # up to there, as up to where it fell before, the rate does not depend on --steps
-    if done <= min(cooldown_start(was), falls) or (config.steps, config.cooldown) == (was.steps, was.cooldown):
+    fell, falls = cooldown_start(was), cooldown_start(config)
+    same = (config.steps, config.cooldown) == (was.steps, was.cooldown)
+    if same or done <= min(fell, falls):  # until it falls, the rate does not depend on --steps
         return last, config
     for stable in map(sample.read_checkpoint, out.glob("stable.pt")):
         if stable["step"] <= falls:
@@ -342,6 +348,8 @@ def wasserstein(ema, config, device):
 
 def bench(config, sizes, train_step, device, world):
     """Times the training step."""
+    from torch.utils.benchmark import Timer  # only here, since it takes long to import
+
     calls = 10 if device.type == "cuda" else 1  # in a row, so that a GPU's queue stays filled
 
     def seconds(f):
@@ -351,6 +359,7 @@ def bench(config, sizes, train_step, device, world):
         return np.median([timer.timeit(calls).mean for _ in range(5)])
 
     step = seconds(lambda: train_step(0))
+    memory = torch.cuda.max_memory_allocated() / 2**30
     with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers, to count
         model.build(**sizes)(torch.empty(1, *sample.shape_of(vars(config))), torch.empty(1))
     flop = 3 * counter.get_total_flops()  # the backward pass costs two forward passes
@@ -363,7 +372,7 @@ def bench(config, sizes, train_step, device, world):
         top = 2 * n**3 / seconds(lambda: a @ a) * world
         print(f"  {rate / top:.0%} of a plain {kind} matrix product's {top / 1e9:,.0f} GFLOP/s".replace("torch.", ""))
     if device.type == "cuda":
-        gpu, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
+        gpu = torch.cuda.get_device_name()
         mfu = [f"MFU {rate / world / peak / 1e12:.1%} of {peak} TFLOP/s (datasheet)"
                for name, peak in PEAK_TFLOPS.items() if name in gpu]
         print(f"  {gpu}", *mfu, f"peak memory {memory:.1f} GiB", sep="  ")
@@ -393,7 +402,7 @@ def load(config, local, world):
 
 
 def main(argv=None):
-    """Trains as the command line says; returns the averaged network."""
+    """Trains, or times (--bench), as the command line says; returns the averaged network."""
     given, resume, bench_only = parse(argv)
     checkpoint, config = resume_from(given) if resume else ({"step": 0, "log": []}, resolve(given))
     # torchrun says how many processes there are and which one this is, of all and on its machine.
@@ -420,6 +429,8 @@ def main(argv=None):
         torch.set_num_threads(1)  # its layers take microseconds, sharing one among threads takes longer
 
     images, labels, label_names = load(config, local, world)
+    if resume and label_names != checkpoint["label_names"]:
+        data.refuse(f"the labels are no longer those that {config.out} was trained with; start anew: --out DIR")
     torch.manual_seed(config.seed)
     sizes = network(config, len(label_names))
     net = model.build(**sizes).to(device)
@@ -454,6 +465,8 @@ def main(argv=None):
             torch._foreach_lerp_(averaged, weights, 1 - min(config.ema, (1 + step) / (10 + step)))
         return loss.detach()
 
+    out, first, rows = Path(config.out), checkpoint["step"], checkpoint["log"]
+
     def keep(name, step):
         save(out / name, {"step": step, "config": vars(config), "net": sizes, "label_names": label_names, "log": rows,
                           "weights": net.state_dict(), "ema": ema.state_dict(),
@@ -464,15 +477,14 @@ def main(argv=None):
     if bench_only:
         return bench(config, sizes, train_step, device, world)
 
-    out, first, rows = Path(config.out), checkpoint["step"], checkpoint["log"]
     if rank == 0:
         if not resume:
             set_aside(out)
-        data.check_writable(out / "samples" / "000000.png")
+        data.check_writable(out / "samples")
     stop = []  # the signal that asked us to
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop.append(number))
-    total, reported, began, started = torch.zeros((), device=device), first, time.time(), time.time()
+    total, reported, began, started = torch.zeros((), device=device), first, time.perf_counter(), time.perf_counter()
     for step in range(first, config.steps):
         if rank == 0 and step == cooldown_start(config):
             keep("stable.pt", step)
@@ -481,12 +493,12 @@ def main(argv=None):
         signalled = torch.tensor(max(stop, default=0))
         if world > 1:
             dist.all_reduce(signalled, dist.ReduceOp.MAX)  # between CPUs; so that all leave after the same step
-        milestone = done == config.steps or done % config.preview == 0
+        milestone = done == config.steps or (done % config.preview == 0 and not signalled)
         if rank == 0 and (milestone or signalled or done % config.report == 0):
             loss = total.item() / (done - reported)  # the one place where the CPU waits for the device
             if not np.isfinite(loss):
                 data.refuse(f"the loss is no longer finite at step {done}; try a lower --lr", status=1)
-            rate = (done - reported) * config.batch / (time.time() - began)
+            rate = (done - reported) * config.batch / (time.perf_counter() - began)
             rows.append({"step": done, "loss": loss, "lr": learning_rate(config, step), "samples_s": rate})
             left = timedelta(seconds=round((config.steps - done) * config.batch / rate))
             print(f"step {done:>6,}/{config.steps:,}  loss {loss:.4f}  {rate:,.0f} samples/s  ETA {left}", flush=True)
@@ -496,21 +508,22 @@ def main(argv=None):
                 print(f"held-out loss {rows[-1]['held_out']:.4f}", flush=True)
             if milestone or signalled:
                 keep("ckpt.pt", done)
-            write_log(out, rows)
+                write_log(out, rows)
             if milestone:
                 preview(ema, config, images, labels, device).save(out / "samples" / f"{done:06d}.png")
             total.zero_()
-            reported, began = done, time.time()
+            reported, began = done, time.perf_counter()
         if signalled:
             break
     if done < config.steps:
         print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
     else:
-        print(f"{time.time() - started:.0f} s; weights, log and pictures are in {out}/")
+        print(f"{time.perf_counter() - started:.0f} s; weights, log and pictures are in {out}/")
         if rank == 0 and images is None:
             distances = wasserstein(ema, config, device)
             np.savetxt(out / "w2.csv", list(distances.items()), "%g", ",", header="euler_steps,w2", comments="")
-            print("W2 to fresh data by Euler steps (0: its own):", *(f"{k}: {d:.3f}" for k, d in distances.items()))
+            print(f"W2 to fresh data: {distances.pop(0):.3f} from other fresh data; from samples by Euler steps:",
+                  *(f"{k}: {d:.3f}" for k, d in distances.items()))
     if world > 1:
         dist.barrier()  # torchrun ends all when the first one ends, even one that still saves
         dist.destroy_process_group()
