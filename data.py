@@ -50,7 +50,7 @@ def check_writable(path):
         refuse(f"cannot write {path}: {error}")
 
 
-def between(kind, low, high=1e38):
+def between(kind, low, high):
     """A type for argparse: a number of this kind from low to high."""
 
     def number(text):
@@ -74,8 +74,8 @@ def run(main):
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
     try:
         main()
-    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        refuse(str(error).partition("\n")[0], status=1)
+    except (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
+        refuse(str(error).partition("\n")[0] or "out of memory", status=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -614,7 +614,7 @@ def plot(curves, xlabel):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Packs a dataset and draws a sheet of it.", allow_abbrev=False)
     parser.add_argument("--data", default="faces", help="a name (see README.md), or a folder or zip of pictures")
-    parser.add_argument("--res", type=between(int, 8), default=32, help="pixels a side")
+    parser.add_argument("--res", type=between(int, 8, 10**4), default=32, help="pixels a side")
     parser.add_argument("--root", default="data", help="where datasets are looked for and packed arrays kept")
     parser.error = refuse
     args = parser.parse_args(argv)

@@ -1579,6 +1579,8 @@ def test_resume_refuses_labels_that_are_no_longer_the_same(capsys):
     (["nowhere"], ["nowhere", "train.py"]),
     (["RUN", "--to", "x.bmp"], [".png", ".gif", ".npy"]),
     (["RUN", "--n", "0"], ["--n"]),
+    (["RUN", "--bpd", "9" * 30], ["--bpd", "between"]),
+    (["RUN", "--guidance", "1e38", "--label", "0"], ["--guidance", "between"]),
     (["RUN", "--solver", "magic"], ["--solver", "heun"]),
     (["RUN", "--device", "tpu"], ["tpu"]),
     (["RUN", "--batch", "0"], ["--batch"]),

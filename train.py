@@ -121,8 +121,9 @@ def fitting_patches(res, patch):
 
 CHOICES = {"predict": ["x", "e", "v"], "loss": ["x", "e", "v"], "path": fm.PATHS, "time": ["logit-normal", "uniform"],
            "model": model.KINDS, "norm": model.NORMS, "attention": model.ATTENTION, "optimizer": ["muon", "adamw"]}
-# The least that a number may be, and the most. Those not listed start at 1 if they are whole, else at 0.
-LIMITS = {"res": (8,), "seed": (0, 2**63 - 1), "warmup": (0,), "lr": (1e-9,), "clip": (1e-9,), "t_mean": (-1e38,)}
+# The least that a number may be, and the most, other than 1 and a billion (if it is whole) or 0 and 1e38.
+LIMITS = {"res": (8, 10**4), "seed": (0, 2**63 - 1), "warmup": (0, 10**9)}
+LIMITS |= {"lr": (1e-9, 1e38), "clip": (1e-9, 1e38), "t_mean": (-1e38, 1e38)}
 LIMITS |= dict.fromkeys(("cooldown", "ema", "drop", "cover"), (0, 1))
 # If any of these changed, a checkpoint's weights would mean something else, or not fit.
 FIXED = "data res predict path model patch stride width depth heads norm optimizer cond".split()
@@ -138,8 +139,8 @@ def parse(argv):
     for field in dataclasses.fields(Config):
         how = dict(type=field.type, choices=CHOICES.get(field.name), metavar=field.name.upper())
         if field.type in (int, float):
-            least = 1 if field.type is int else 0
-            how["type"] = data.between(field.type, *LIMITS.get(field.name, (least,)))
+            usual = (1, 10**9) if field.type is int else (0, 1e38)
+            how["type"] = data.between(field.type, *LIMITS.get(field.name, usual))
         if field.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument("--" + field.name.replace("_", "-"), help=f"{helps[field.name]} [{field.default}]", **how)
