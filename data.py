@@ -68,7 +68,7 @@ def run(main):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     if sys.platform == "linux":
         # malloc gives large freed blocks back to the system, and the next tensor pays for them anew, with a page fault
-        # for every 4 KiB: some 6% of a CPU's step at --res 64. So it shall trim nothing and map nothing (see malloc.h).
+        # for every 4 KiB: 6% of a CPU's step at --res 64. So it shall trim nothing and map nothing (see malloc.h).
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
