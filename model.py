@@ -193,14 +193,21 @@ ATTENTION = {"auto": attend_fastest, "fused": F.scaled_dot_product_attention, "h
 
 
 class Attention(nn.Module):
-    def __init__(self, dim, heads, attention):
+    """Each token asks (q), offers (k) and tells (v); side x side tokens."""
+
+    def __init__(self, side, dim, heads, attention):
         super().__init__()
+        if dim % heads or dim // heads % 4:
+            raise ValueError(f"a token's {dim} numbers must split into {heads} heads of a multiple of 4 numbers each")
         self.heads, self.attention = heads, attention
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        # Buffers move with the network; these are not saved with it.
+        self.cos, self.sin = (nn.Buffer(table, persistent=False) for table in rope_table(side, dim // heads))
 
-    def forward(self, z, cos, sin):
+    def forward(self, z):
         q, k, v = (f(z).unflatten(2, (self.heads, -1)) for f in (self.q, self.k, self.v))  # (B, N, H, d) each
         # QK-norm bounds the scores by sqrt(d), so that no softmax saturates (Henry et al. 2020, arXiv 2010.04245).
+        cos, sin = self.cos.to(q.dtype), self.sin.to(q.dtype)
         q = rope(q * inverse_rms(q), cos, sin)
         k = rope(k * inverse_rms(k), cos, sin)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, N, d) each
@@ -225,16 +232,16 @@ class Block(nn.Module):
     """Time (and label) scale what enters each branch and gate what leaves it (adaLN-Zero, Peebles & Xie 2022,
     arXiv 2212.09748). There is no shift: RMSNorm has none either."""
 
-    def __init__(self, dim, heads, norm, attention):
+    def __init__(self, side, dim, heads, norm, attention):
         super().__init__()
-        self.norm1, self.attention = NORMS[norm](dim), Attention(dim, heads, attention)
+        self.norm1, self.attention = NORMS[norm](dim), Attention(side, dim, heads, attention)
         self.norm2, self.swiglu = NORMS[norm](dim), SwiGLU(dim)
         # All gates closed: at the start every block passes z on unchanged; a deep network trains like a shallow one.
         self.modulation = zeroed(nn.Linear(dim, 4 * dim))
 
-    def forward(self, z, c, cos, sin):
+    def forward(self, z, c):
         scale1, gate1, scale2, gate2 = self.modulation(c)[:, None].chunk(4, dim=-1)  # (B, 1, D) each
-        z = z + gate1 * self.attention(self.norm1(z, 1 + scale1), cos, sin)  # (B, N, D)
+        z = z + gate1 * self.attention(self.norm1(z, 1 + scale1))  # (B, N, D)
         return z + gate2 * self.swiglu(self.norm2(z, 1 + scale2))  # (B, N, D)
 
 
@@ -246,8 +253,6 @@ class Transformer(nn.Module):
                  attention="auto", labels=0, bottleneck=128):
         super().__init__()
         check_stride(res, patch, stride)
-        if width % heads or width // heads % 4:
-            raise ValueError(f"width {width} must split into {heads} heads of a multiple of 4 numbers each")
         self.res, self.patch, self.stride = res, patch, stride
         side = (res - patch) // stride + 1
         P = channels * patch**2
@@ -255,21 +260,18 @@ class Transformer(nn.Module):
         self.embed = nn.Sequential(nn.Linear(P, bottleneck, bias=False), nn.Linear(bottleneck, width))
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.labels = Labels(labels, width)
-        self.blocks = nn.ModuleList([Block(width, heads, norm, attention) for _ in range(depth)])
+        self.blocks = nn.ModuleList([Block(side, width, heads, norm, attention) for _ in range(depth)])
         self.norm = NORMS[norm](width)
         # Start from "grey" rather than from random pixels; Derf's paper keeps the usual start.
         self.head = zeroed(nn.Linear(width, P)) if norm == "rms" else nn.Linear(width, P)
-        # Buffers move with the network; these are not saved with it.
         self.position = nn.Buffer(position_table(side, width), persistent=False)
-        self.cos, self.sin = (nn.Buffer(table, persistent=False) for table in rope_table(side, width // heads))
 
     def forward(self, z, t, y=None):
         c = F.silu(self.time(sinusoidal(t, 256)) + self.labels(y))  # (B, D)
         h = self.embed(patchify(z, self.patch, self.stride))  # (B, N, D)
         h = h + self.position.to(h.dtype)
-        cos, sin = self.cos.to(h.dtype), self.sin.to(h.dtype)
         for block in self.blocks:
-            h = block(h, c, cos, sin)
+            h = block(h, c)
         patches = self.head(self.norm(h)).float()  # (B, N, P); pixels are summed and averaged in float32
         return unpatchify(patches, self.res, self.patch, self.stride)  # (B, C, H, W)
 
@@ -316,33 +318,16 @@ class Level(nn.Sequential):
         return h
 
 
-class PixelAttention(nn.Module):
-    """Every pixel attends to all others. No positions: the convolutions, whose padding marks the border, supply
-    them."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads, self.norm = heads, group_norm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = zeroed(nn.Linear(dim, dim, bias=False))
-
-    def forward(self, h):
-        tokens = self.norm(h).flatten(2).transpose(1, 2)  # (B, D, R, R) -> (B, N, D)
-        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
-        mixed = attend_fastest(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
-        return h + self.out(mixed).transpose(1, 2).reshape(h.shape)
-
-
 class UNet(nn.Module):
     """Down to a quarter of the resolution, where attention is affordable, and up again; on the way up each level
     sees what the same level knew on the way down, so that detail need not pass through the bottom."""
 
-    def __init__(self, res, channels=1, width=32, depth=2, heads=4, labels=0):
+    def __init__(self, res, channels=1, width=32, depth=2, heads=4, attention="auto", labels=0):
         """depth: residual blocks per level, on the way down and again on the way up."""
         super().__init__()
-        if res % 4 or width % 16 or 4 * width % heads:
-            raise ValueError(f"res {res} must be a multiple of 4 (the UNet halves it twice), width {width} of 16 (the "
-                             f"channels in a group of its norms), and 4 x width must split into {heads} heads")
+        if res % 4 or width % 16:
+            raise ValueError(f"res {res} must be a multiple of 4 (the UNet halves it twice), and width {width} of 16 "
+                             f"(the channels in a group of its norms)")
         W, D = width, 4 * width
         self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.labels = Labels(labels, D)
@@ -350,7 +335,7 @@ class UNet(nn.Module):
         self.down1 = Level(W, W, D, depth)
         self.down2 = Level(W, 2 * W, D, depth)
         self.down3 = Level(2 * W, 4 * W, D, depth)
-        self.attention = PixelAttention(4 * W, heads)
+        self.norm3, self.attention = group_norm(4 * W), Attention(res // 4, 4 * W, heads, attention)
         self.up3 = Level(4 * W, 4 * W, D, depth)
         self.up2 = Level(2 * W + 2 * W, 2 * W, D, depth)  # from below, and from the way down
         self.up1 = Level(W + W, W, D, depth)
@@ -367,7 +352,9 @@ class UNet(nn.Module):
         h1 = self.down1(self.embed(z), c)  # (B, W, R, R)
         h2 = self.down2(F.avg_pool2d(h1, 2), c)  # (B, 2W, R/2, R/2)
         h = self.down3(F.avg_pool2d(h2, 2), c)  # (B, 4W, R/4, R/4)
-        h = self.up3(self.attention(h), c)  # (B, 4W, R/4, R/4)
+        tokens = self.norm3(h).flatten(2).transpose(1, 2)  # (B, N, 4W); every pixel attends to all others
+        h = h + self.attention(tokens).transpose(1, 2).reshape(h.shape)  # (B, 4W, R/4, R/4)
+        h = self.up3(h, c)  # (B, 4W, R/4, R/4)
         h = self.up2(torch.cat([self.grow2(h), h2], dim=1), c)  # (B, 2W, R/2, R/2)
         h = self.up1(torch.cat([self.grow1(h), h1], dim=1), c)  # (B, W, R, R)
         return self.head(F.silu(self.norm(h))).float().contiguous()  # (B, C, R, R)
