@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 POINTS = ("moons", "8gaussians", "checkerboard", "spirals")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FACES = 20_000  # drawn once; a three-minute run sees each about once
+FACES, DOTS = 20_000, 10**6  # drawn once; a three-minute run sees each face about once
 
 
 def refuse(message, status=2):
@@ -106,7 +106,7 @@ def batch_indices(n, size, step, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Points in the plane, drawn afresh for every batch, within about [-4, 5].
+# Points in the plane, within about [-4, 5].
 
 
 def points(name, n, seed):
@@ -303,7 +303,7 @@ def list_pictures(place):
     names = sorted(n for n in names if n.lower().endswith(ENDINGS) and not n.split("/")[-1].startswith("._"))
     if not names:
         refuse(f"no pictures in {place}: looked for a folder or zip with any of {' '.join(ENDINGS)} in it. Other data "
-               f"by name: faces, celeba, {', '.join(OFFICIAL)}; for train.py also {', '.join(POINTS)}")
+               f"by name: {', '.join(['faces', 'celeba', *OFFICIAL, *POINTS])}")
     return names
 
 
@@ -484,9 +484,12 @@ def channels(name):
 def load(name, root="data", res=32):
     """A dataset by name or path, packed on first use: (images, labels, label_names).
 
-    images: uint8 (N, res, res, C), memory-mapped. labels: int64 (N,), or multi-hot (N, K) for attributes.
+    images: uint8 (N, res, res, C), memory-mapped, or points, float32 (N, 2). labels: int64 (N,), or multi-hot (N, K)
+    for attributes.
     """
     root = Path(root)
+    if name in POINTS:
+        return points(name, DOTS, seed=0).numpy(), np.zeros(DOTS, np.int64), []
     if name in OFFICIAL:
         about, (sources, missing) = OFFICIAL[name], look(name, root)
         if missing:
@@ -525,7 +528,9 @@ def split(n):
 
 
 def choose_labels(labels, label_names, cond):
-    """The labels to learn and their names. cond: "all", or some attributes by name, comma-separated."""
+    """The labels to learn and their names. cond: "all", or some attributes by name, comma-separated, or "": none."""
+    if not cond:
+        return np.full(len(labels), -1), []
     if len(label_names) < 2:
         refuse(f"--cond {cond}: this dataset has no labels to learn (a folder's are its sub-folders, CelebA's come "
                f"from list_attr_celeba.txt beside the pictures)")
@@ -543,8 +548,11 @@ def choose_labels(labels, label_names, cond):
 
 
 def to_tensor(pixels, device):
-    """uint8 (n, H, W, C) array -> float32 (n, C, H, W) tensor in [-1, 1]; it travels to the device as bytes."""
+    """uint8 (n, H, W, C) array -> float32 (n, C, H, W) tensor in [-1, 1]; it travels to the device as bytes. Points
+    stay what they are."""
     pixels = torch.from_numpy(pixels)
+    if pixels.dim() == 2:
+        return pixels.to(device)
     if device.type == "cuda":
         pixels = pixels.pin_memory().to(device, non_blocking=True)
     return pixels.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -621,8 +629,8 @@ def main(argv=None):
     to = Path("out", f"{stem(args.data)}-{args.res}", "data.png")
     check_writable(to)
     images, _, label_names = load(args.data, args.root, args.res)
-    grid(images[split(len(images))[1][:64]]).save(to)
-    print(f"{len(images):,} pictures; labels: {', '.join(filter(None, label_names)) or 'none'}; wrote {to}")
+    (scatter(images[:2000]) if args.data in POINTS else grid(images[split(len(images))[1][:64]])).save(to)
+    print(f"{len(images):,} samples; labels: {', '.join(filter(None, label_names)) or 'none'}; wrote {to}")
 
 
 if __name__ == "__main__":

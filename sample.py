@@ -138,19 +138,13 @@ def border_ratio(x, patch, stride):
     return (steps[border].mean() / steps[~border].mean()).item()
 
 
-def held_out_data(config, n):
-    """n samples that were not trained on, as a tensor: points, or bytes (n, C, H, W) as floats 0..255."""
-    if config["data"] in data.POINTS:
-        return data.points(config["data"], n, data.key(1, data.HELD_OUT, 0))
-    images = data.load(config["data"], config["root"], config["res"])[0]
-    return torch.from_numpy(images[data.split(len(images))[1][:n]]).permute(0, 3, 1, 2).float()
-
-
 def likelihood(net, config, n, steps, seed, device, batch=64):
     """Prints bits per dimension (pictures) or nats (points) of n held-out samples, with the standard error."""
-    points = config["data"] in data.POINTS
-    x, g = held_out_data(config, n), torch.Generator().manual_seed(data.key(seed, data.TRACE))
+    points, images = config["data"] in data.POINTS, data.load(config["data"], config["root"], config["res"])[0]
+    x = torch.from_numpy(images[data.split(len(images))[1][:n]])
+    g = torch.Generator().manual_seed(data.key(seed, data.TRACE))
     if not points:  # bytes become densities by adding the fraction that rounding took away: (b + u) / 256, on [-1, 1]
+        x = x.permute(0, 3, 1, 2)
         x = (x + torch.rand(x.shape, generator=g)) / 128 - 1
     # From data to noise the training clamp is right: unclamped, an x-prediction's velocity is 0/0 at t = 1, and near
     # it blows up every error. Clamped, it is the field that was trained, and any field has a likelihood.
@@ -171,7 +165,7 @@ def sweep(net, config, e, y):
     points = config["data"] in data.POINTS
     config = {**config, "bf16": False}  # bfloat16's rounding would drown the differences between solvers
     exact, _ = generate(net, config, e, 100, "rk4", y=y)
-    fresh = held_out_data(config, len(e)) if points else None
+    fresh = data.points(config["data"], len(e), data.key(1, data.HELD_OUT, 0)) if points else None
     print("solver    steps or tol   NFE   RMS distance from the exact flow" + ("   W2 to data" if points else ""))
     trials = [(name, budget // cost) for name, cost in (("euler", 1), ("heun", 2), ("midpoint", 2), ("rk4", 4))
               for budget in (4, 8, 16, 32, 64)]
@@ -280,8 +274,7 @@ def main(argv=None):
     if args.bpd:
         return likelihood(net, config, args.bpd, args.steps, args.seed, device, args.batch)
     net = batched(net, args.batch)
-    no_label = torch.tensor([-1])
-    labels = parse_label(args.label, checkpoint["label_names"], config) if args.label else no_label
+    labels = parse_label(args.label, checkpoint["label_names"], config) if args.label else torch.tensor([-1])
     each = math.ceil(args.n / len(labels))
     columns = args.columns or (each if len(labels) > 1 else None)
     y = labels.repeat_interleave(each, 0).to(device)

@@ -563,12 +563,12 @@ def test_batches_are_epochs_of_permutations_laid_end_to_end():
 
 def test_ranks_share_out_a_batch_without_overlap_and_draw_different_noise():
     config = train.resolve({"data": "faces", "batch": 8, "flip": False})
-    images, _, _ = data.load("faces", "data", 32)
-    whole = train.batch(config, images, None, 5, 0, 1, torch.device("cpu"))
-    parts = [train.batch(config, images, None, 5, rank, 2, torch.device("cpu")) for rank in (0, 1)]
+    images, labels, _ = data.load("faces", "data", 32)
+    whole = train.batch(config, images, labels, 5, 0, 1, torch.device("cpu"))
+    parts = [train.batch(config, images, labels, 5, rank, 2, torch.device("cpu")) for rank in (0, 1)]
     torch.testing.assert_close(torch.cat([parts[0][0], parts[1][0]]), whole[0])
     assert not torch.equal(parts[0][1], parts[1][1]) and not torch.equal(parts[0][2], parts[1][2])
-    again = train.batch(config, images, None, 5, 1, 2, torch.device("cpu"))
+    again = train.batch(config, images, labels, 5, 1, 2, torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(parts[1][:3], again))
 
 
@@ -649,7 +649,7 @@ def test_sixteen_bit_pictures_are_scaled_and_floating_point_ones_named(capsys):
 
 
 def test_whoever_changes_how_faces_are_drawn_gets_them_packed_again(tmp_path):
-    text, sheets = (HERE / "data.py").read_text().replace("FACES = 20_000", "FACES = 20"), []
+    text, sheets = (HERE / "data.py").read_text().replace("FACES, DOTS = 20_000", "FACES, DOTS = 20"), []
     for edited in (text, text.replace("paint(True, skin, head", "paint(True, 0 * skin, head")):
         Path("data.py").write_text(edited)
         subprocess.run([sys.executable, "data.py", "--res", "16"], check=True)
@@ -1190,7 +1190,7 @@ def test_celeba_at_256_trains_previews_saves_resumes_and_samples(monkeypatch, ca
             archive.write(p, f"img_align_celeba/{p.name}")
     monkeypatch.setattr(train, "PREVIEW_PICTURES", 1)
     monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
-    monkeypatch.setattr(train, "HELD_OUT_PICTURES", 10)
+    monkeypatch.setattr(train, "HELD_OUT_SAMPLES", 10)
     train.main(["--data", "celeba", "--res", "256", "--steps", "1", "--batch", "2", "--device", "cpu"])
     train.main(["--data", "celeba", "--res", "256", "--steps", "2", "--batch", "2", "--device", "cpu", "--resume"])
     said = capsys.readouterr().out
@@ -1479,10 +1479,12 @@ def test_bench_prints_rates(capsys):
     assert not Path("out").exists()
 
 
-def test_contact_sheet_of_a_dataset():
+@pytest.mark.parametrize("name", ["pets", "spirals"])
+def test_sheet_of_a_dataset(name):
     make_pictures(Path("pets"), 30)
-    done = command("data.py", "--data", "pets", "--res", 16)
-    assert done.returncode == 0 and Image.open("out/pets-16/data.png").size[0] > 50
+    done = command("data.py", "--data", name, "--res", 16)
+    sheet = Image.open(f"out/{name}-16/data.png").convert("L")
+    assert done.returncode == 0 and sheet.width > 50 and 0.01 < (np.array(sheet) < 250).mean() < 0.99
 
 
 @pytest.mark.parametrize("flag", [

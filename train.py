@@ -127,7 +127,7 @@ LIMITS |= {"lr": (1e-9, 1e38), "clip": (1e-9, 1e38), "t_mean": (-1e38, 1e38)}
 LIMITS |= dict.fromkeys(("cooldown", "ema", "drop", "cover"), (0, 1))
 # If any of these changed, a checkpoint's weights would mean something else, or not fit.
 FIXED = "data res predict path model patch stride width depth heads norm optimizer cond".split()
-PREVIEW_PICTURES, PREVIEW_STEPS, HELD_OUT_PICTURES = 16, 20, 200
+PREVIEW_PICTURES, PREVIEW_STEPS, HELD_OUT_SAMPLES = 16, 20, 200
 
 
 def parse(argv):
@@ -183,28 +183,22 @@ def network(config, labels=0):
 def batch(config, images, labels, step, rank, world, device):
     """One process's share of a step: x, e, t, y and jitter, a pure function of (seed, step, rank).
 
-    images: the packed array, or None for points. labels: (N,) or (N, K), or None; y is -1 where it is hidden.
+    images, labels: the dataset's arrays; labels, (N,) or (N, K), are -1 where there is none, and y also where hidden.
     """
     n = config.batch // world
-    seed = data.key(config.seed, data.BATCH, step, rank)
-    g = torch.Generator(device).manual_seed(seed)
-    if images is None:
-        x = data.points(config.data, n, seed).to(device)
-    else:
-        train, _ = data.split(len(images))
-        chosen = train[data.batch_indices(len(train), config.batch, step, config.seed).reshape(world, n)[rank]]
-        x = data.to_tensor(images[chosen], device)
-        if config.flip:
-            x = torch.where(torch.rand(n, 1, 1, 1, generator=g, device=device) < 0.5, x, x.flip(3))
+    g = torch.Generator(device).manual_seed(data.key(config.seed, data.BATCH, step, rank))
+    train, _ = data.split(len(images))
+    chosen = train[data.batch_indices(len(train), config.batch, step, config.seed).reshape(world, n)[rank]]
+    x = data.to_tensor(images[chosen], device)
+    if config.flip and x.dim() == 4:
+        x = torch.where(torch.rand(n, 1, 1, 1, generator=g, device=device) < 0.5, x, x.flip(3))
     e = torch.randn(x.shape, generator=g, device=device)
     if config.ot:
         e = fm.ot_pair(x, e, config.ot_block)
     mean = config.t_mean if config.time == "logit-normal" else None
     t = fm.sample_t(n, mean, cover=config.cover, generator=g, device=device)
-    y = None
-    if labels is not None:
-        y = torch.from_numpy(labels[chosen]).to(device)
-        y[torch.rand(n, generator=g, device=device) < config.drop] = -1  # a coin for each sample
+    y = torch.from_numpy(labels[chosen]).to(device)
+    y[torch.rand(n, generator=g, device=device) < config.drop] = -1  # a coin for each sample
     jitter = config.jitter * torch.randn(x.shape, generator=g, device=device) if config.jitter else None
     return x, e, t, y, jitter
 
@@ -241,17 +235,13 @@ def make_optimizers(net, config):
 def held_out(net, config, images, labels, device):
     """Loss on held-out data in ten bins of t from noise to data; the same data and noise each time. All bins count the
     same, unlike in training, and --ot pairs nothing here: compare held-out losses with one another."""
-    if images is None:
-        x, y = sample.held_out_data(vars(config), 1000), None
-    else:
-        chosen = np.resize(data.split(len(images))[1], HELD_OUT_PICTURES)  # a tiny dataset repeats itself
-        x = data.to_tensor(images[chosen], device)
-        y = None if labels is None else torch.from_numpy(labels[chosen]).to(device)
+    chosen = np.resize(data.split(len(images))[1], HELD_OUT_SAMPLES)  # a tiny dataset repeats itself
+    x, y = data.to_tensor(images[chosen], device), torch.from_numpy(labels[chosen]).to(device)
     e = torch.randn(x.shape, generator=torch.Generator().manual_seed(data.key(0, data.HELD_OUT, 1)))
     t = (torch.arange(len(x), device=device) + 0.5) / len(x)
     net = sample.batched(net, 50)
     with sample.autocast(device, config.bf16):
-        losses = fm.loss(net, x.to(device), e.to(device), t, y, config.predict, config.loss, fm.PATHS[config.path])
+        losses = fm.loss(net, x, e.to(device), t, y, config.predict, config.loss, fm.PATHS[config.path])
     return [part.mean().item() for part in losses.tensor_split(10)]
 
 
@@ -330,8 +320,8 @@ def write_log(out, rows):
 
 def preview(ema, config, images, labels, device):
     """A picture of samples, always from the same noise (and held-out labels), so that previews can be compared."""
-    n = 2000 if images is None else PREVIEW_PICTURES
-    y = None if labels is None else torch.from_numpy(labels[np.resize(data.split(len(images))[1], n)]).to(device)
+    n = 2000 if config.data in data.POINTS else PREVIEW_PICTURES
+    y = torch.from_numpy(labels[np.resize(data.split(len(images))[1], n)]).to(device)
     e = sample.noise(n, sample.shape_of(vars(config)), seed=0).to(device)
     x, _ = sample.generate(ema, vars(config), e, PREVIEW_STEPS, y=y)
     return sample.draw(x, vars(config))
@@ -388,18 +378,15 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 5090": 2
 
 
 def load(config, local, world):
-    """(images, labels, label_names) as the run needs them: None, None and [] where there are none."""
-    images, labels, label_names = None, None, []
-    if config.data not in data.POINTS:
-        if local > 0:
-            dist.barrier()  # while the first process of this machine packs
-        if config.download and config.data in data.OFFICIAL:
-            data.download(config.data, Path(config.root))
-        images, labels, label_names = data.load(config.data, config.root, config.res)
-        if world > 1 and local == 0:
-            dist.barrier()
-    labels, label_names = data.choose_labels(labels, label_names, config.cond) if config.cond else (None, [])
-    return images, labels, label_names
+    """(images, labels, label_names), the latter two as the network is to learn them."""
+    if local > 0:
+        dist.barrier()  # while the first process of this machine packs
+    if config.download and config.data in data.OFFICIAL:
+        data.download(config.data, Path(config.root))
+    images, labels, label_names = data.load(config.data, config.root, config.res)
+    if world > 1 and local == 0:
+        dist.barrier()
+    return images, *data.choose_labels(labels, label_names, config.cond)
 
 
 def main(argv=None):
@@ -520,7 +507,7 @@ def main(argv=None):
         print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
     else:
         print(f"{time.perf_counter() - started:.0f} s; weights, log and pictures are in {out}/")
-        if rank == 0 and images is None:
+        if rank == 0 and config.data in data.POINTS:
             distances = wasserstein(ema, config, device)
             np.savetxt(out / "w2.csv", list(distances.items()), "%g", ",", header="euler_steps,w2", comments="")
             print(f"W2 to fresh data: {distances.pop(0):.3f} from other fresh data; from samples by Euler steps:",
