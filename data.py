@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 POINTS = ("moons", "8gaussians", "checkerboard", "spirals")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FACES, DOTS = 20_000, 10**6  # drawn once; a three-minute run sees each face about once
+FACES, DOTS = 20_000, 10**6  # how many are drawn; a three-minute run sees each about once
 
 
 def refuse(message, status=2):
@@ -74,13 +74,15 @@ def run(main):
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
     try:
         main()
-    except (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
+    except (OSError, FloatingPointError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise  # a mistake in the program, not torch's way to say that memory is full
         refuse(str(error).partition("\n")[0] or "out of memory", status=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Random numbers. Everything random is a pure function of a few integers (seed, purpose, step, rank, ...), so a
-# resumed run needs no generator state and picture i comes out the same in any batch.
+# Random numbers. What a run draws is a pure function of a few integers (seed, purpose, step, rank, ...), so a resumed
+# run needs no generator state and picture i comes out the same in any batch.
 
 ORDER, BATCH, HELD_OUT, SAMPLE, SPLIT, INPAINT, TRACE = range(7)  # purposes, so that no two uses share a stream
 
@@ -285,7 +287,7 @@ def celeba_attributes(table, names):
     _, attributes, *lines = [*table.read_text(errors="replace").splitlines(), "", ""]
     rows = {file: values for file, *values in map(str.split, filter(str.strip, lines))}
     files = [name.rpartition("/")[2] for name in names]
-    lost = [file for file in files if len(rows.get(file, ())) != len(attributes.split())]
+    lost = [file for file in files if file not in rows or len(rows[file]) != len(attributes.split())]
     if lost:
         refuse(f"{table} says nothing of {lost[0]} (and {len(lost) - 1} others): get the whole file, or move it away "
                f"to train without attributes")
@@ -310,6 +312,11 @@ def list_pictures(place):
 def stem(name):
     """A dataset's short name: pets for ../pets.zip."""
     return Path(name).resolve().stem
+
+
+def folder(name, res):
+    """Where results go, if the user does not say."""
+    return Path("out", stem(name) if name in POINTS else f"{stem(name)}-{res}")
 
 
 def read_picture(file, res):
@@ -356,7 +363,7 @@ def look(name, root):
     or in root/ itself, if that is the dataset's own folder: MNIST and Fashion-MNIST call their files alike."""
     for search in ((root / name).rglob, root.glob):
         for wanted in (OFFICIAL[name]["parts"], OFFICIAL[name]["files"]):
-            found = {file: next(search(file), None) for file in wanted}
+            found = {file: next(filter(Path.is_file, search(file)), None) for file in wanted}
             if all(found.values()):
                 return list(found.values()), []
     return [], [file for file in OFFICIAL[name]["files"] if not (root / name / file).exists()]
@@ -388,9 +395,10 @@ def read_official(name, paths, res):
                 raise ValueError("empty")
         except Exception as error:  # gzip, tarfile and numpy raise half a dozen kinds for a damaged file
             refuse(f"{path} is cut short or damaged ({error}); delete it, {again}")
-    images, labels = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
-    if len(images) != len(labels) or labels.max() > 9:
+    size = (28, 28) if channels(name) == 1 else (32, 32, 3)
+    if any(p.shape != (len(y), *size) or y.ndim != 1 or y.max() > 9 for p, y in zip(arrays[::2], arrays[1::2])):
         refuse(f"{paths[0].parent}: pictures and labels do not belong together; delete them, {again}")
+    images, labels = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
     resized = (np.asarray(Image.fromarray(p).resize((res, res), Image.Resampling.LANCZOS)) for p in images)
     return len(images), zip(resized, labels)
 
@@ -446,6 +454,8 @@ def stream_files(place, names, labels, res):
         try:
             return read_picture(io.BytesIO(read(name)), res), label
         except Exception as error:  # whatever a broken file makes a decoder raise: it is skipped, and named
+            if getattr(error, "errno", None):
+                raise  # but one that could not be read now may be readable the next time
             broken.append(f"{name} ({type(error).__name__}: {error})")
 
     with ThreadPoolExecutor() as pool:
@@ -458,7 +468,8 @@ def stream_files(place, names, labels, res):
 def write_pack(pack, stream, n):
     """Writes a stream of n to `pack`, raw bytes of one picture after another, and the labels to a .npy beside it.
 
-    Both are written in a folder of their own, which goes whatever happens, and move when they are whole.
+    Both are written in a folder of their own, and move when they are whole; the folder goes, unless the process is
+    killed outright.
     """
     labels, began = [], time.perf_counter()
     pack.parent.mkdir(parents=True, exist_ok=True)
@@ -488,6 +499,8 @@ def load(name, root="data", res=32):
     for attributes.
     """
     root = Path(root)
+    if not name:
+        refuse("--data needs a name or a path")
     if name in POINTS:
         return points(name, DOTS, seed=0).numpy(), np.zeros(DOTS, np.int64), []
     if name in OFFICIAL:
@@ -626,7 +639,7 @@ def main(argv=None):
     parser.add_argument("--root", default="data", help="where datasets are looked for and packed arrays kept")
     parser.error = refuse
     args = parser.parse_args(argv)
-    to = Path("out", f"{stem(args.data)}-{args.res}", "data.png")
+    to = folder(args.data, args.res) / "data.png"
     check_writable(to)
     images, _, label_names = load(args.data, args.root, args.res)
     (scatter(images[:2000]) if args.data in POINTS else grid(images[split(len(images))[1][:64]])).save(to)

@@ -97,13 +97,14 @@ def sample_t(n, mean=None, std=0.8, cover=0.0, generator=None, device=None):
     t = torch.sigmoid(mean + std * torch.randn(n, generator=generator, device=device))
     if cover:
         fair = torch.rand(2, n, generator=generator, device=device)
-        t = torch.where(fair[0] < cover, fair[1].clamp(1e-6, 1 - 1e-6), t)  # at 0 and 1 `importance` is 0/0
+        t = torch.where(fair[0] < cover, fair[1], t)
     return t
 
 
 def importance(t, mean, cover, std=0.8):
     """p(t) / q(t), where p is the logit-normal density and q = (1 - cover) p + cover what was drawn from: the weight
     under which the mean loss stays what it was, while rare times are seen more often and each counts less."""
+    t = t.clamp(1e-6, 1 - 1e-6)  # 0 and 1, to which a time can be rounded, would give 0/0
     p = torch.exp(-(((torch.logit(t) - mean) / std) ** 2) / 2) / (std * math.sqrt(2 * math.pi) * t * (1 - t))
     return p / ((1 - cover) * p + cover)
 
@@ -238,6 +239,8 @@ def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
     states: a list that receives the state after each step of the grid. NFE: number of evaluations of v.
     tol: dopri5's, which takes its own steps between the grid's times.
     """
+    if solver == "dopri5" and end_euler:  # which chose its steps; only a thousandth of the last is left to Euler
+        ts = [*ts[:-1], ts[-1] - 1e-3 * (ts[-1] - ts[-2]), ts[-1]]
     times = []  # at which v was evaluated
     counted = lambda z, t: times.append(t) or v(z, t)
     for t, s in zip(ts, ts[1:]):
@@ -318,7 +321,9 @@ def bits_per_dimension(log_p, d):
 
 def w2(a, b):
     """2-Wasserstein distance between two point clouds of n points each, exact, by assignment. O(n^3); twice as fast
-    if a is the one that is spread out more."""
+    if a is the one that is spread out more. Infinite if a point is not finite."""
     cost = torch.cdist(a.flatten(1).cpu().double(), b.flatten(1).cpu().double()).square().numpy()
+    if not np.isfinite(cost).all():
+        return math.inf
     i, j = linear_sum_assignment(cost)
     return float(np.sqrt(cost[i, j].mean()))

@@ -136,7 +136,7 @@ def rope(q, cos, sin):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Parts of the transformer. Linear layers inside the blocks carry no bias: it costs a pass over the tokens each way.
+# Parts of the transformer. The layers that see every token carry no bias: it costs a pass over them each way.
 
 
 def inverse_rms(z, eps=1e-6):
@@ -198,7 +198,7 @@ class Attention(nn.Module):
     def __init__(self, side, dim, heads, attention):
         super().__init__()
         if dim % heads or dim // heads % 4:
-            raise ValueError(f"a token's {dim} numbers must split into {heads} heads of a multiple of 4 numbers each")
+            raise ValueError(f"width {dim} (UNet: times 4) must split into {heads} heads of 4, 8, 12, ... numbers each")
         self.heads, self.attention = heads, attention
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
         # Buffers move with the network; these are not saved with it.

@@ -87,8 +87,8 @@ def generate(net, config, z, steps, solver="euler", states=None, y=None, guidanc
     v = fm.velocity(net, config["predict"], path, y, guidance, interval)
     ts = [start + (1 - start) * t for t in fm.time_grid(steps, shift)]
     end_euler = config["predict"] == "x"
-    if solver == "dopri5" and states is None and not known:  # chooses its own steps, up to where x's velocity is 0/0
-        ts = [start, 1 - 1e-3 * (1 - start), 1.0] if end_euler else [start, 1.0]
+    if solver == "dopri5" and states is None and not known:  # chooses its own steps
+        ts = [start, 1.0]
     with autocast(z.device, config["bf16"] and solver != "dopri5"):  # which would take rounding for error
         if known:
             return fm.inpaint(v, z, *known, ts, path, solver, end_euler, states, tol)
@@ -226,7 +226,7 @@ def parse(argv):
     count, ratio, tolerance = data.between(int, 1, 10**9), data.between(float, 1e-3, 1e3), data.between(float, 1e-6, 1)
     seed, weight = data.between(int, 0, 2**63 - 1), data.between(float, 0, 100)
     parser.add_argument("folder", type=Path, help="what train.py wrote, such as out/faces-32")
-    parser.add_argument("--n", type=count, default=64, help="how many samples")
+    parser.add_argument("--n", type=count, default=64, help="how many samples; with labels, rounded up to whole rows")
     parser.add_argument("--steps", type=count, default=50, help="steps of the solver")
     parser.add_argument("--solver", default="heun", choices=list(fm.SOLVERS))
     parser.add_argument("--seed", type=seed, default=0, help="sample i depends on (seed, i) only")
@@ -243,7 +243,7 @@ def parse(argv):
     parser.add_argument("--mask", metavar="PICTURE", help="... white where the hole is, else black")
     modes.add_argument("--invert", metavar="PICTURE", help="instead: to its noise and back, in --steps of heun")
     modes.add_argument("--sweep", action="store_true", help="instead: a table of error against NFE, all solvers")
-    modes.add_argument("--bpd", type=count, help="instead: likelihood of so many held-out samples, by heun")
+    modes.add_argument("--bpd", type=count, help="instead: likelihood of so many held-out samples (at most 1024)")
     parser.add_argument("--batch", type=count, default=64, help="samples that pass the network at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--columns", type=count, help="pictures in a row (default: a square grid)")
@@ -306,7 +306,8 @@ def main(argv=None):
     print(f"{len(x)} samples, {how}, NFE {nfe}, {rate:.1f} samples/s")
     if config["model"] == "transformer":
         ratio = border_ratio(x, config["patch"], config["stride"])
-        print(f"squared gradient at patch borders: {ratio:.3f} of that elsewhere")
+        if math.isfinite(ratio):  # there are borders, and there is something elsewhere
+            print(f"squared gradient at patch borders: {ratio:.3f} of that elsewhere")
     write(x, states, config, to, columns)
 
 

@@ -185,6 +185,7 @@ def test_ot_pair_refuses_non_finite_input():
 def test_w2_of_a_shifted_cloud_is_the_shift():
     a = torch.randn(100, 2)
     assert fm.w2(a, a[torch.randperm(100)] + torch.tensor([3.0, 4.0])) == pytest.approx(5)
+    assert fm.w2(a, a / 0) == math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -215,6 +216,13 @@ def test_dopri5_keeps_its_tolerance_and_has_order_5():
         results.append(nfe)
     for fewer, more in zip(results, results[1:]):
         assert more / fewer == pytest.approx(2, rel=0.25)
+
+
+def test_dopri5_leaves_only_a_thousandth_of_the_last_step_to_euler():
+    v = lambda z, t: z * math.cos(3 * t) if t < 1 else z / 0
+    for grid in ([0.0, 1.0], fm.time_grid(3)):
+        z, nfe = fm.solve(v, torch.ones(1, 1, dtype=torch.float64), grid, "dopri5", end_euler=True, tol=1e-6)
+        assert z.item() == pytest.approx(math.exp(math.sin(3) / 3), abs=1e-5) and nfe > 12
 
 
 def test_shifted_time_grid_divides_the_odds_and_keeps_the_ends():
@@ -459,6 +467,7 @@ def test_importance_weights_leave_the_mean_loss_as_it_was():
     plain = fm.sample_t(400_000, -0.8, generator=g)
     covered = fm.sample_t(400_000, -0.8, cover=0.3, generator=g)
     weight = fm.importance(covered, -0.8, 0.3)
+    assert fm.importance(torch.tensor([0.0, 0.5, 1.0]), 20.0, 0.5).isfinite().all()
     assert abs((weight * f(covered)).mean() - f(plain).mean()) < 0.01 and abs(weight.mean() - 1) < 0.01
     assert (covered > 0.9).float().mean() > 5 * (plain > 0.9).float().mean()
 
@@ -697,6 +706,30 @@ def test_broken_pictures_are_skipped_counted_and_named(capsys):
     assert "skipped 2 of 5" in said and "bad.jpg" in said and "half.jpg" in said
 
 
+def test_a_picture_that_cannot_be_read_now_is_not_left_out_for_ever(monkeypatch):
+    make_pictures(Path("pets"), 3)
+    original = data.read_picture
+    monkeypatch.setattr(data, "read_picture", lambda file, res: Path("pets/gone/a.jpg").read_bytes())
+    with pytest.raises(OSError):
+        data.load("pets", "data", 16)
+    monkeypatch.setattr(data, "read_picture", original)
+    assert len(data.load("pets", "data", 16)[0]) == 3
+
+
+def test_a_zip_with_a_damaged_directory_and_full_memory_are_told_in_a_line(capsys):
+    make_pictures(Path("pets"), 2)
+    with zipfile.ZipFile("pets.zip", "w") as archive:
+        for picture in Path("pets").iterdir():
+            archive.write(picture)
+    Path("pets.zip").write_bytes(Path("pets.zip").read_bytes().replace(b"PK\1\2", b"PK\7\7"))
+    for code, word in (("data.main(['--data', 'pets.zip'])", "directory"), ("torch.empty(2**62, dtype=int)", ""),
+                       ("torch.empty(2**50)", "can't allocate memory")):
+        done = subprocess.run([sys.executable, "-c", f"import data, torch; data.run(lambda: {code})"], text=True,
+                              capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+        assert word in done.stderr
+        assert ("Traceback" in done.stderr) == (word == ""), done.stderr  # an impossible size is the program's mistake
+
+
 def test_no_readable_picture_is_refused_and_nothing_half_packed_stays(capsys):
     Path("pets").mkdir()
     Path("pets/bad.png").write_bytes(b"nonsense")
@@ -882,6 +915,9 @@ def test_labels_that_do_not_belong_to_the_pictures_are_refused(capsys):
     files, _, _ = digits()
     for broken in (idx(11, content=bytes(11)), idx(12, content=bytes([10] * 12))):
         write(Path("data/mnist"), files | {IDX[1]: broken})
+        refused(capsys, lambda: data.load("mnist"), "data/mnist", "do not belong together")
+    for sizes in ((12, 20, 20), (12, 28), (12, 28, 28, 3), (12,)):
+        write(Path("data/mnist"), files | {IDX[0]: idx(*sizes, content=bytes(math.prod(sizes)))})
         refused(capsys, lambda: data.load("mnist"), "data/mnist", "do not belong together")
 
 
@@ -1093,6 +1129,8 @@ def test_lengthening_keeps_the_finished_weights_and_survives_a_kill_after_its_ow
     args = [*MOONS, "--out", "run", "--preview", "1000"]
     train.main([*args, "--steps", "10"])
     finished = Path("run/ckpt.pt").read_bytes()
+    train.main([*args, "--steps", "40", "--resume", "--bench"])
+    assert not Path("run/ckpt-10.pt").exists()
     train.main([*args, "--steps", "40", "--resume"])
     assert Path("run/ckpt-10.pt").read_bytes() == finished
     whole = state("run")
@@ -1127,6 +1165,15 @@ def test_diverging_weights_never_replace_a_checkpoint(capsys, quick_w2):
     train.main([*args, "--steps", "4"])
     before = Path("run/ckpt.pt").read_bytes()
     refused(capsys, lambda: train.main([*args, "--steps", "40", "--lr", "1e30", "--resume"]), "finite", status=1)
+    assert Path("run/ckpt.pt").read_bytes() == before
+
+
+def test_an_infinite_held_out_loss_never_replaces_a_checkpoint(capsys, monkeypatch, quick_w2):
+    args = [*MOONS, "--out", "run"]
+    train.main([*args, "--steps", "4"])
+    before = Path("run/ckpt.pt").read_bytes()
+    monkeypatch.setattr(train, "held_out", lambda *_: [math.inf] * 10)
+    refused(capsys, lambda: train.main([*args, "--steps", "8", "--resume"]), "finite", "--lr", status=1)
     assert Path("run/ckpt.pt").read_bytes() == before
 
 
@@ -1190,7 +1237,7 @@ def test_celeba_at_256_trains_previews_saves_resumes_and_samples(monkeypatch, ca
             archive.write(p, f"img_align_celeba/{p.name}")
     monkeypatch.setattr(train, "PREVIEW_PICTURES", 1)
     monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
-    monkeypatch.setattr(train, "HELD_OUT_SAMPLES", 10)
+    monkeypatch.setattr(train, "HELD_OUT_PICTURES", 10)
     train.main(["--data", "celeba", "--res", "256", "--steps", "1", "--batch", "2", "--device", "cpu"])
     train.main(["--data", "celeba", "--res", "256", "--steps", "2", "--batch", "2", "--device", "cpu", "--resume"])
     said = capsys.readouterr().out
@@ -1483,7 +1530,7 @@ def test_bench_prints_rates(capsys):
 def test_sheet_of_a_dataset(name):
     make_pictures(Path("pets"), 30)
     done = command("data.py", "--data", name, "--res", 16)
-    sheet = Image.open(f"out/{name}-16/data.png").convert("L")
+    sheet = Image.open(data.folder(name, 16) / "data.png").convert("L")
     assert done.returncode == 0 and sheet.width > 50 and 0.01 < (np.array(sheet) < 250).mean() < 0.99
 
 
@@ -1495,7 +1542,8 @@ def test_sheet_of_a_dataset(name):
 def test_every_flag_changes_the_training(flag, monkeypatch):
     monkeypatch.setattr(sample, "draw", lambda *_: Image.new("L", (1, 1)))
     monkeypatch.setattr(train, "held_out", lambda *_: [1.0] * 10)
-    base = ["--res", "16", "--patch", "8", "--stride", "4", *TINY, "--steps", "5", "--attention", "hand"]
+    base = ["--res", "16", *TINY, "--steps", "5", "--attention", "hand"]
+    base += ["--patch", "8", "--stride", "4"] if "unet" not in flag else []
     monkeypatch.setattr(train, "PREVIEW_STEPS", 1)
     if flag == "--no-bf16" and not sample.has_bf16(torch.device("cpu")):
         pytest.skip("this CPU does not multiply in bfloat16")
@@ -1533,6 +1581,8 @@ def test_the_step_is_compiled_if_asked_to(monkeypatch, quick_w2):
     (["--device", "tpu"], ["tpu", "cpu"]),
     (["--data", "moons", "--model", "transformer"], ["--model"]),
     (["--data", "moons", "--cond", "all"], ["--cond"]),
+    (["--data", "moons", "--heads", "2"], ["--heads", "mlp"]),
+    (["--model", "unet", "--norm", "derf"], ["--norm", "unet"]),
     (["--seed", str(2**64)], ["--seed"]),
     (["--ema", "1.5"], ["--ema"]),
     (["--seed", "-1"], ["--seed"]),
@@ -1558,6 +1608,7 @@ def test_resume_refuses_another_shape_a_finished_run_and_a_damaged_file(capsys, 
     train.main(args)
     before = Path("out/moons/ckpt.pt").read_bytes()
     refused(capsys, lambda: train.main([*args, "--width", "24", "--resume"]), "--width 24", "trained with 16")
+    refused(capsys, lambda: train.main(["--resume", "--out", "out/moons", "--model", "unet"]), "trained with 'mlp'")
     refused(capsys, lambda: train.main([*args, "--resume"]), "--steps")
     assert Path("out/moons/ckpt.pt").read_bytes() == before
     Path("out/moons/ckpt.pt").write_bytes(before[: len(before) // 2])

@@ -127,7 +127,7 @@ LIMITS |= {"lr": (1e-9, 1e38), "clip": (1e-9, 1e38), "t_mean": (-1e38, 1e38)}
 LIMITS |= dict.fromkeys(("cooldown", "ema", "drop", "cover"), (0, 1))
 # If any of these changed, a checkpoint's weights would mean something else, or not fit.
 FIXED = "data res predict path model patch stride width depth heads norm optimizer cond".split()
-PREVIEW_PICTURES, PREVIEW_STEPS, HELD_OUT_SAMPLES = 16, 20, 200
+PREVIEW_PICTURES, PREVIEW_STEPS, HELD_OUT_PICTURES = 16, 20, 200
 
 
 def parse(argv):
@@ -157,15 +157,16 @@ def parse(argv):
 def resolve(given):
     """The given fields over the preset's over Config's. Refuses what cannot work."""
     name = given.get("data", Config.data)
-    if not name:
-        data.refuse("--data needs a name or a path")
     res = given.get("res", data.OFFICIAL[name]["res"] if name in data.OFFICIAL else Config.res)
     config = Config(**{"res": res, **preset(name, res, given.get("model")), **given})
-    config.out = config.out or f"out/{data.stem(name)}" + ("" if name in data.POINTS else f"-{res}")
+    config.out = config.out or str(data.folder(name, res))
     if Path(config.out).is_file():
         data.refuse(f"--out {config.out}: there is a file of that name")
     if (config.model == "mlp") != (name in data.POINTS):
         data.refuse(f"--model {config.model} --data {name}: mlp is for points, transformer and unet are for pictures")
+    of_networks = {"patch", "stride", "width", "depth", "heads", "norm", "attention"}
+    for unknown in of_networks & given.keys() - inspect.signature(model.KINDS[config.model]).parameters.keys():
+        data.refuse(f"--{unknown} means nothing to --model {config.model}")
     return config
 
 
@@ -235,7 +236,8 @@ def make_optimizers(net, config):
 def held_out(net, config, images, labels, device):
     """Loss on held-out data in ten bins of t from noise to data; the same data and noise each time. All bins count the
     same, unlike in training, and --ot pairs nothing here: compare held-out losses with one another."""
-    chosen = np.resize(data.split(len(images))[1], HELD_OUT_SAMPLES)  # a tiny dataset repeats itself
+    n = 1000 if config.data in data.POINTS else HELD_OUT_PICTURES
+    chosen = np.resize(data.split(len(images))[1], n)  # a tiny dataset repeats itself
     x, y = data.to_tensor(images[chosen], device), torch.from_numpy(labels[chosen]).to(device)
     e = torch.randn(x.shape, generator=torch.Generator().manual_seed(data.key(0, data.HELD_OUT, 1)))
     t = (torch.arange(len(x), device=device) + 0.5) / len(x)
@@ -271,7 +273,7 @@ def resume_from(given):
     More --steps move the cool-down, so a run whose learning rate has already begun to fall goes back to stable.pt,
     saved at the moment before it did. So k steps and then n - k more are the same as n steps at once, to the bit.
     """
-    out = Path(resolve(given).out)
+    out = Path(given.get("out") or resolve(given).out)
     last = sample.read_checkpoint(out / "ckpt.pt")
     if last["config"].keys() - vars(Config()):
         data.refuse(f"{out / 'ckpt.pt'} is of another version of this program; start anew: --out DIR")
@@ -279,8 +281,8 @@ def resume_from(given):
     config = dataclasses.replace(was, **{**given, "out": str(out)})
     for field in FIXED:
         if getattr(config, field) != getattr(was, field):
-            data.refuse(f"--{field} {getattr(config, field)}: {out} was trained with {getattr(was, field)}; leave the "
-                        f"flag out, or start anew in another folder: --out DIR")
+            data.refuse(f"--{field} {getattr(config, field)}: {out} was trained with {getattr(was, field)!r}; leave "
+                        f"the flag out, or start anew in another folder: --out DIR")
     if done >= config.steps:
         data.refuse(f"{out} is at step {done} already; to train longer, ask for more: --steps {2 * done}")
     fell, falls = cooldown_start(was), cooldown_start(config)
@@ -289,9 +291,9 @@ def resume_from(given):
         return last, config
     for stable in map(sample.read_checkpoint, out.glob("stable.pt")):
         if stable["step"] <= falls:
-            shutil.copyfile(out / "ckpt.pt", out / f"ckpt-{done}.pt")  # finished as it is, it may be wanted
-            return stable, config
-    data.refuse(f"{out} is at step {done}, but {config.steps} steps cool down from {falls} on: ask for more --steps")
+            return stable | {"finished": done}, config
+    data.refuse(f"{out} is at step {done}, but {config.steps} steps cool down from {falls} on: ask for more --steps "
+                f"or less --cooldown")
 
 
 def set_aside(out):
@@ -468,6 +470,8 @@ def main(argv=None):
     if rank == 0:
         if not resume:
             set_aside(out)
+        if "finished" in checkpoint:  # at a step beyond the one to go on from; it may be wanted
+            shutil.copyfile(out / "ckpt.pt", out / f"ckpt-{checkpoint['finished']}.pt")
         data.check_writable(out / "samples")
     stop = []  # the signal that asked us to
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -484,8 +488,6 @@ def main(argv=None):
         milestone = done == config.steps or (done % config.preview == 0 and not signalled)
         if rank == 0 and (milestone or signalled or done % config.report == 0):
             loss = total.item() / (done - reported)  # the one place where the CPU waits for the device
-            if not np.isfinite(loss):
-                data.refuse(f"the loss is no longer finite at step {done}; try a lower --lr", status=1)
             rate = (done - reported) * config.batch / (time.perf_counter() - began)
             rows.append({"step": done, "loss": loss, "lr": learning_rate(config, step), "samples_s": rate})
             left = timedelta(seconds=round((config.steps - done) * config.batch / rate))
@@ -494,6 +496,8 @@ def main(argv=None):
                 bins = held_out(ema, config, images, labels, device)
                 rows[-1] |= {"held_out": sum(bins) / 10} | {f"t{i}": b for i, b in enumerate(bins)}
                 print(f"held-out loss {rows[-1]['held_out']:.4f}", flush=True)
+            if not np.isfinite(list(rows[-1].values())).all():
+                data.refuse(f"the loss is no longer finite at step {done}; try a lower --lr", status=1)
             if milestone or signalled:
                 keep("ckpt.pt", done)
                 write_log(out, rows)
