@@ -108,7 +108,7 @@ def batch_indices(n, size, step, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Points in the plane, within about [-4, 5].
+# Points in the plane, within about [-4, 5]: drawn at each start and kept in memory, never packed.
 
 
 def points(name, n, seed):
@@ -296,10 +296,8 @@ def celeba_attributes(table, names):
 
 def list_pictures(place):
     """Names of the pictures in a folder or zip, sorted."""
-    names = []
-    if place.is_dir():
-        names = [p.relative_to(place).as_posix() for p in place.rglob("*")]
-    elif zipfile.is_zipfile(place):
+    names = [p.relative_to(place).as_posix() for p in place.rglob("*")]  # none, unless it is a folder
+    if zipfile.is_zipfile(place):
         names = zipfile.ZipFile(place).namelist()
     # not macOS's hidden twins, ._1.jpg and __MACOSX/._1.jpg
     names = sorted(n for n in names if n.lower().endswith(ENDINGS) and not n.split("/")[-1].startswith("._"))
@@ -369,7 +367,7 @@ def look(name, root):
     return [], [file for file in OFFICIAL[name]["files"] if not (root / name / file).exists()]
 
 
-def parse(content):
+def arrays_in(content):
     """What a file holds, as arrays. MNIST's: two zeros, 8 for bytes, how many sizes, the sizes (big-endian, 4 bytes
     each), the values. CIFAR-10's, pictures and labels: rows of a label and the red, the green and the blue plane."""
     if content[:3] == b"\0\0\x08":
@@ -387,10 +385,10 @@ def read_official(name, paths, res):
         try:
             if path.name.endswith(".tar.gz"):
                 with tarfile.open(path, "r:gz") as tar:
-                    inside = {file.name: parse(tar.extractfile(file).read()) for file in tar if ".bin" in file.name}
-                arrays += [array for part in sorted(inside) for array in inside[part]]
+                    inside = {file.name: tar.extractfile(file).read() for file in tar if ".bin" in file.name}
+                arrays += [array for part in sorted(inside) for array in arrays_in(inside[part])]
             else:
-                arrays += parse(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
+                arrays += arrays_in(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
             if not len(arrays[-1]):
                 raise ValueError("empty")
         except Exception as error:  # gzip, tarfile and numpy raise half a dozen kinds for a damaged file
@@ -576,17 +574,12 @@ def to_uint8(x):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def picture(pixels):
-    """uint8 (H, W, C), C = 1 or 3, as a PIL image."""
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-
-
 def grid(pixels, columns=None):
     """uint8 (n, H, W, C) as one PIL image, as square as it goes; small pictures are enlarged to be seen."""
     n, H, W, _ = pixels.shape
     columns = min(n, columns or int(np.ceil(np.sqrt(n))))
     rows, gap = -(-n // columns), max(1, H // 16)
-    tiles = [picture(p) for p in pixels]
+    tiles = [Image.fromarray(p.squeeze()) for p in pixels]  # (H, W, 3), or (H, W) if grey
     sheet = Image.new(tiles[0].mode, (columns * (W + gap) + gap, rows * (H + gap) + gap), "white")
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (gap + i % columns * (W + gap), gap + i // columns * (H + gap)))
@@ -602,10 +595,9 @@ def scatter(p, limit=6.0, size=480):
     return im.reduce(2)
 
 
-def save_gif(path, frames, seconds=3.0):
-    """PIL images as an animation that loops, holding the last frame for a while."""
-    each = max(20, int(1000 * seconds / len(frames)))
-    durations = [each] * (len(frames) - 1) + [1500]
+def save_gif(path, frames):
+    """PIL images as an animation of three seconds that loops, holding the last frame for a while."""
+    durations = [max(20, 3000 // len(frames))] * (len(frames) - 1) + [1500]  # milliseconds
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 

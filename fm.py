@@ -150,7 +150,7 @@ def loss(net, x, e, t, y=None, predict="x", space="v", path=linear, jitter=None)
     v = d_alpha * x + d_sigma * e
     truth = {"x": x, "e": e, "v": v}[predict]
     guess = net(z if jitter is None else z + jitter, t, y).to(z.dtype)
-    # Conversion is linear in prediction and z together, so the difference of two, of the same z, is that of z = 0.
+    # convert is linear in (p, z): convert(guess, z) - convert(truth, z) = convert(guess - truth, 0).
     error = convert(guess - truth, predict, space, torch.zeros_like(z), t, path, CLAMP)
     return error.square().flatten(1).mean(1)
 

@@ -198,7 +198,7 @@ class Attention(nn.Module):
     def __init__(self, side, dim, heads, attention):
         super().__init__()
         if dim % heads or dim // heads % 4:
-            raise ValueError(f"width {dim} (UNet: times 4) must split into {heads} heads of 4, 8, 12, ... numbers each")
+            raise ValueError(f"width {dim} (UNet: times 4) must split into {heads} heads of 4, 8, ... numbers each")
         self.heads, self.attention = heads, attention
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
         # Buffers move with the network; these are not saved with it.

@@ -125,7 +125,7 @@ def write(x, states, config, to, columns=None):
         np.save(to, x.cpu().numpy())
     else:
         for i, pixels in enumerate(data.to_uint8(x)):
-            data.picture(pixels).save(to / f"{i:05d}.png")
+            Image.fromarray(pixels.squeeze()).save(to / f"{i:05d}.png")
     print(f"wrote {to}")
 
 
@@ -181,7 +181,7 @@ def slerp(a, b, s):
     return (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
 
 
-def read_picture(path, shape, device):
+def read_exactly(path, shape, device):
     """A picture that is exactly what the network draws, or a mask of its size: (1, C, H, W) in [-1, 1]."""
     if len(shape) < 3:
         data.refuse(f"{path}: this network draws points, not pictures")
@@ -282,7 +282,7 @@ def main(argv=None):
     if args.sweep:
         return sweep(net, config, e, y)
     if args.invert:
-        picture = read_picture(args.invert, shape, device)
+        picture = read_exactly(args.invert, shape, device)
         return write(*invert(net, config, picture, args.steps, y[:1]), config, to, args.columns or 3)
     if args.interpolate:  # a row from each noise to the next
         columns, s = args.columns or args.interpolate, torch.linspace(0, 1, args.interpolate).tolist()
@@ -291,10 +291,10 @@ def main(argv=None):
     if args.source:  # SDEdit (Meng et al. 2021, arXiv 2108.01073): noise hides detail and keeps the layout
         start = 1 - args.strength
         alpha, sigma, _, _ = fm.PATHS[config["path"]](torch.tensor(start))
-        e = alpha * read_picture(args.source, shape, device) + sigma * e
+        e = alpha * read_exactly(args.source, shape, device) + sigma * e
     if args.inpaint:
-        hole = read_picture(args.mask, (1, *shape[1:]), device) > 0
-        known = read_picture(args.inpaint, shape, device), hole, noises(len(e), shape, data.INPAINT, args.seed)
+        hole = read_exactly(args.mask, (1, *shape[1:]), device) > 0
+        known = read_exactly(args.inpaint, shape, device), hole, noises(len(e), shape, data.INPAINT, args.seed)
 
     states = [e] if to.suffix == ".gif" else None
     began = time.perf_counter()

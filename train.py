@@ -379,18 +379,6 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 5090": 2
 # The run
 
 
-def load(config, local, world):
-    """(images, labels, label_names), the latter two as the network is to learn them."""
-    if local > 0:
-        dist.barrier()  # while the first process of this machine packs
-    if config.download and config.data in data.OFFICIAL:
-        data.download(config.data, Path(config.root))
-    images, labels, label_names = data.load(config.data, config.root, config.res)
-    if world > 1 and local == 0:
-        dist.barrier()
-    return images, *data.choose_labels(labels, label_names, config.cond)
-
-
 def main(argv=None):
     """Trains, or times (--bench), as the command line says; returns the averaged network."""
     given, resume, bench_only = parse(argv)
@@ -418,7 +406,14 @@ def main(argv=None):
     if config.model == "mlp" and device.type == "cpu":
         torch.set_num_threads(1)  # its layers take microseconds, sharing one among threads takes longer
 
-    images, labels, label_names = load(config, local, world)
+    if local > 0:
+        dist.barrier()  # while the first process of this machine packs
+    if config.download and config.data in data.OFFICIAL:
+        data.download(config.data, Path(config.root))
+    images, labels, label_names = data.load(config.data, config.root, config.res)
+    if world > 1 and local == 0:
+        dist.barrier()
+    labels, label_names = data.choose_labels(labels, label_names, config.cond)
     if resume and label_names != checkpoint["label_names"]:
         data.refuse(f"the labels are no longer those that {config.out} was trained with; start anew: --out DIR")
     torch.manual_seed(config.seed)
@@ -507,20 +502,18 @@ def main(argv=None):
             reported, began = done, time.perf_counter()
         if signalled:
             break
-    if done < config.steps:
-        print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
-    else:
-        print(f"{time.perf_counter() - started:.0f} s; weights, log and pictures are in {out}/")
-        if rank == 0 and config.data in data.POINTS:
-            distances = wasserstein(ema, config, device)
-            np.savetxt(out / "w2.csv", list(distances.items()), "%g", ",", header="euler_steps,w2", comments="")
-            print(f"W2 to fresh data: {distances.pop(0):.3f} from other fresh data; from samples by Euler steps:",
-                  *(f"{k}: {d:.3f}" for k, d in distances.items()))
     if world > 1:
-        dist.barrier()  # torchrun ends all when the first one ends, even one that still saves
+        dist.barrier()  # torchrun ends all when one ends by a signal, even one that still saves
         dist.destroy_process_group()
     if done < config.steps:
+        print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
         sys.exit(128 + int(signalled))
+    print(f"{time.perf_counter() - started:.0f} s; weights, log and pictures are in {out}/")
+    if rank == 0 and config.data in data.POINTS:
+        distances = wasserstein(ema, config, device)
+        np.savetxt(out / "w2.csv", list(distances.items()), "%g", ",", header="euler_steps,w2", comments="")
+        print(f"W2 to fresh data: {distances.pop(0):.3f} from other fresh data; from samples by Euler steps:",
+              *(f"{k}: {d:.3f}" for k, d in distances.items()))
     return ema
 
 
