@@ -75,8 +75,9 @@ def run(main):
     try:
         main()
     except (OSError, FloatingPointError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
-            raise  # a mistake in the program, not torch's way to say that memory is full
+        memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not memory:
+            raise  # a mistake in the program
         refuse(str(error).partition("\n")[0] or "out of memory", status=1)
 
 

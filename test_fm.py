@@ -722,12 +722,13 @@ def test_a_zip_with_a_damaged_directory_and_full_memory_are_told_in_a_line(capsy
         for picture in Path("pets").iterdir():
             archive.write(picture)
     Path("pets.zip").write_bytes(Path("pets.zip").read_bytes().replace(b"PK\1\2", b"PK\7\7"))
-    for code, word in (("data.main(['--data', 'pets.zip'])", "directory"), ("torch.empty(2**62, dtype=int)", ""),
-                       ("torch.empty(2**50)", "can't allocate memory")):
+    for code, word in (("data.main(['--data', 'pets.zip'])", "directory"),
+                       ("torch.empty(2**50)", "can't allocate memory"),
+                       ("torch.empty(2**62, dtype=int)", ""), ("torch.nn.Module()(1)", "")):
         done = subprocess.run([sys.executable, "-c", f"import data, torch; data.run(lambda: {code})"], text=True,
                               capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE)})
         assert word in done.stderr
-        assert ("Traceback" in done.stderr) == (word == ""), done.stderr  # an impossible size is the program's mistake
+        assert ("Traceback" in done.stderr) == (word == ""), done.stderr  # the last two are mistakes in the program
 
 
 def test_no_readable_picture_is_refused_and_nothing_half_packed_stays(capsys):
