@@ -472,8 +472,8 @@ def write_pack(pack, stream, n):
     """
     labels, began = [], time.perf_counter()
     pack.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="part-", dir=pack.parent) as folder:
-        part = Path(folder, "part")
+    with tempfile.TemporaryDirectory(prefix="part-", dir=pack.parent) as own:
+        part = Path(own, "part")
         with open(part, "wb") as file:  # no memory map: there a full disk kills, here it is an error
             for done, (pixels, label) in enumerate(stream, 1):
                 file.write(pixels.tobytes())
@@ -559,15 +559,17 @@ def choose_labels(labels, label_names, cond):
 # Pixels in and out
 
 
+def send(array, device):
+    """An array as a tensor on the device; the CPU does not wait until a GPU has taken it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def to_tensor(pixels, device):
     """uint8 (n, H, W, C) array -> float32 (n, C, H, W) tensor in [-1, 1]; it travels to the device as bytes. Points
     stay what they are."""
-    pixels = torch.from_numpy(pixels)
-    if pixels.dim() == 2:
-        return pixels.to(device)
-    if device.type == "cuda":
-        pixels = pixels.pin_memory().to(device, non_blocking=True)
-    return pixels.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = send(pixels, device)
+    return x if x.dim() == 2 else x.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_uint8(x):

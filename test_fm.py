@@ -476,6 +476,20 @@ def small_transformer(**sizes):
     return model.build("transformer", **{**dict(res=16, patch=8, stride=4, width=32, depth=2, heads=2), **sizes})
 
 
+@pytest.mark.parametrize("kind", ["transformer", "unet"])
+def test_attention_tells_equal_tokens_apart_by_relative_position_only(kind, monkeypatch):
+    scores = []
+    monkeypatch.setitem(model.ATTENTION, "hand", lambda q, k, v: scores.append(q @ k.transpose(-2, -1)) or v)
+    sizes = dict(patch=4, stride=4, width=32) if kind == "transformer" else dict(width=16, channels=3)
+    net = model.build(kind, res=16, depth=1, heads=2, attention="hand", **sizes)
+    attention = net.blocks[0].attention if kind == "transformer" else net.attention
+    attention(torch.randn(attention.q.in_features).expand(1, 16, -1))
+    scores = scores[0][0, 0].view(4, 4, 4, 4)  # [row, column] of q, [row, column] of k
+    torch.testing.assert_close(scores[1:, :, 1:], scores[:-1, :, :-1])
+    torch.testing.assert_close(scores[:, 1:, :, 1:], scores[:, :-1, :, :-1])
+    assert scores.std() > 0.01
+
+
 @pytest.mark.parametrize("attention", model.ATTENTION)
 def test_whole_network_does_not_depend_on_how_attention_is_computed(attention):
     torch.manual_seed(1)
@@ -774,6 +788,13 @@ def test_celeba_is_found_in_its_usual_shapes(shape):
     assert data.load("celeba", "data", 32)[0].shape == (5, 32, 32, 3)
 
 
+@pytest.mark.parametrize("table", ["", "nonsense", "5\n\n000001.jpg", "5\nSmiling Male\n000001.jpg 1 1\n"])
+def test_an_attribute_table_that_lacks_pictures_is_refused(table, capsys):
+    make_pictures(Path("data/img_align_celeba"), 5)
+    Path("data/list_attr_celeba.txt").write_text(table)
+    refused(capsys, lambda: data.load("celeba", "data", 16), "data/list_attr_celeba.txt", "000000.jpg", "whole file")
+
+
 def test_grid_plot_and_gif_are_pictures_of_the_right_size():
     assert data.grid(np.zeros((5, 32, 32, 3), np.uint8), columns=3).size == ((3 * 34 + 2) * 2, (2 * 34 + 2) * 2)
     assert data.plot({"a": ([1], [0.5]), "b": ([1, 2], [1.0, 0.1])}, "step").size == (720, 420)
@@ -886,6 +907,13 @@ def test_official_pictures_are_resized():
         write(Path("data") / name, files)
         expected = [Image.fromarray(p.squeeze()).resize((16, 16), Image.Resampling.LANCZOS) for p in pictures]
         check_read(name, np.stack(expected).reshape(len(pictures), 16, 16, -1), labels, res=16)
+
+
+def test_a_file_is_found_in_a_folder_of_its_own_name():
+    files, pictures, labels = digits()
+    for name, content in files.items():
+        write(Path("data/mnist") / name, {name: content})
+    check_read("mnist", pictures, labels)
 
 
 def test_missing_files_are_named_with_place_source_and_next_step(capsys):
@@ -1415,6 +1443,13 @@ def test_border_ratio_finds_a_grid_of_patches_and_none_in_noise():
         assert sample.border_ratio(noise + 3 * brightness, patch, stride) > 3
 
 
+def test_a_border_ratio_is_printed_only_where_there_are_borders(faces_run, monkeypatch, capsys):
+    for ratio, told in ((1.5, True), (math.nan, False)):
+        monkeypatch.setattr(sample, "border_ratio", lambda *_: ratio)
+        sample.main([str(faces_run[0] / "out/pets-16"), "--n", "1", "--steps", "1", "--to", "x.png"])
+        assert ("patch borders" in capsys.readouterr().out) == told
+
+
 def test_full_strength_forgets_the_picture_and_less_does_not(faces_run):
     run, _ = str(faces_run[0] / "out/pets-16"), save_picture("a.png")
     for name, args in {"plain": "", "all": "--from a.png --strength 1", "most": "--from a.png --strength 0.9",
@@ -1609,7 +1644,8 @@ def test_resume_refuses_another_shape_a_finished_run_and_a_damaged_file(capsys, 
     train.main(args)
     before = Path("out/moons/ckpt.pt").read_bytes()
     refused(capsys, lambda: train.main([*args, "--width", "24", "--resume"]), "--width 24", "trained with 16")
-    refused(capsys, lambda: train.main(["--resume", "--out", "out/moons", "--model", "unet"]), "trained with 'mlp'")
+    mlp = ["--resume", "--out", "out/moons", "--model", "mlp"]  # which does not fit --data faces, the default
+    refused(capsys, lambda: train.main([*mlp, "--width", "24"]), "--width 24", "trained with 16")
     refused(capsys, lambda: train.main([*args, "--resume"]), "--steps")
     assert Path("out/moons/ckpt.pt").read_bytes() == before
     Path("out/moons/ckpt.pt").write_bytes(before[: len(before) // 2])

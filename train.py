@@ -198,7 +198,7 @@ def batch(config, images, labels, step, rank, world, device):
         e = fm.ot_pair(x, e, config.ot_block)
     mean = config.t_mean if config.time == "logit-normal" else None
     t = fm.sample_t(n, mean, cover=config.cover, generator=g, device=device)
-    y = torch.from_numpy(labels[chosen]).to(device)
+    y = data.send(labels[chosen], device)
     y[torch.rand(n, generator=g, device=device) < config.drop] = -1  # a coin for each sample
     jitter = config.jitter * torch.randn(x.shape, generator=g, device=device) if config.jitter else None
     return x, e, t, y, jitter
@@ -238,7 +238,7 @@ def held_out(net, config, images, labels, device):
     same, unlike in training, and --ot pairs nothing here: compare held-out losses with one another."""
     n = 1000 if config.data in data.POINTS else HELD_OUT_PICTURES
     chosen = np.resize(data.split(len(images))[1], n)  # a tiny dataset repeats itself
-    x, y = data.to_tensor(images[chosen], device), torch.from_numpy(labels[chosen]).to(device)
+    x, y = data.to_tensor(images[chosen], device), data.send(labels[chosen], device)
     e = torch.randn(x.shape, generator=torch.Generator().manual_seed(data.key(0, data.HELD_OUT, 1)))
     t = (torch.arange(len(x), device=device) + 0.5) / len(x)
     net = sample.batched(net, 50)
@@ -323,7 +323,7 @@ def write_log(out, rows):
 def preview(ema, config, images, labels, device):
     """A picture of samples, always from the same noise (and held-out labels), so that previews can be compared."""
     n = 2000 if config.data in data.POINTS else PREVIEW_PICTURES
-    y = torch.from_numpy(labels[np.resize(data.split(len(images))[1], n)]).to(device)
+    y = data.send(labels[np.resize(data.split(len(images))[1], n)], device)
     e = sample.noise(n, sample.shape_of(vars(config)), seed=0).to(device)
     x, _ = sample.generate(ema, vars(config), e, PREVIEW_STEPS, y=y)
     return sample.draw(x, vars(config))
