@@ -90,7 +90,7 @@ ORDER, BATCH, HELD_OUT, SAMPLE, SPLIT, INPAINT, TRACE = range(7)  # purposes, so
 
 def key(*words):
     """Hashes integers into one 63-bit seed, for numpy's and torch's generators alike."""
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
 
 
 @functools.lru_cache(maxsize=4)
