@@ -109,7 +109,7 @@ def batch_indices(n, size, step, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Points in the plane, within about [-4, 5]: drawn at each start and kept in memory, never packed.
+# Points in the plane, within about [-5, 5.5]: drawn at each start and kept in memory, never packed.
 
 
 def points(name, n, seed):
@@ -319,7 +319,7 @@ def folder(name, res):
 
 
 def read_picture(file, res):
-    """Decodes one picture: upright, RGB, centre crop, resized with each new pixel a mean over its area."""
+    """Decodes one picture: upright, RGB, centre crop, resized by a filter that widens as the picture shrinks."""
     with Image.open(file) as im:
         im.draft("RGB", (res, res))  # JPEG: let the decoder halve while it decodes, as long as it stays above res
         im = ImageOps.exif_transpose(im)

@@ -21,7 +21,7 @@ import torch
 from scipy.integrate import RK45
 from scipy.optimize import linear_sum_assignment
 
-CLAMP = 0.05  # lower bound of a divisor that vanishes (1-t for x-prediction): bounds the loss weight at 1/0.05^2 = 400
+CLAMP = 0.05  # lower bound of a divisor that vanishes, so that the loss weight is bounded; for 1-t at 1/0.05^2 = 400
 
 
 # ---------------------------------------------------------------------------------------------------------------

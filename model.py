@@ -294,7 +294,7 @@ class ResBlock(nn.Module):
     def __init__(self, a, b, dim):
         super().__init__()
         self.norm1, self.conv1 = group_norm(a), nn.Conv2d(a, b, 3, padding=1)
-        # At the start the block is its shortcut, scale is 1 and shift 0: time is let in only as far as it helps.
+        # At the start the block is its shortcut, scale and shift are 0: time is let in only as far as it helps.
         self.norm2, self.conv2 = group_norm(b), zeroed(nn.Conv2d(b, b, 3, padding=1))
         self.modulation = zeroed(nn.Linear(dim, 2 * b))
         self.shortcut = nn.Conv2d(a, b, 1) if a != b else nn.Identity()

@@ -38,7 +38,8 @@ def has_bf16(device):
 
 
 def autocast(device, bf16=True):
-    """Matrix products in bfloat16 if the hardware has them. Weights, the state of the ODE and fm.py stay float32."""
+    """Matrix products, and what flows between them, in bfloat16 if the hardware has it. Weights, the state of the ODE
+    and fm.py stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and has_bf16(device))
 
 
@@ -161,16 +162,20 @@ def likelihood(net, config, n, steps, seed, device, batch=64):
 
 
 def sweep(net, config, e, y):
-    """Prints how far each solver is from the exact flow, by evaluations of the network; for points also W2."""
+    """Prints how far each solver is from the exact flow, by evaluations of the network; for points also W2.
+
+    The flow is that of the clamped field, see `likelihood`: unclamped, an x-prediction's does not settle near t = 1,
+    however small the steps. And in float32: bfloat16's rounding would drown the differences between solvers.
+    """
     points = config["data"] in data.POINTS
-    config = {**config, "bf16": False}  # bfloat16's rounding would drown the differences between solvers
-    exact, _ = generate(net, config, e, 100, "rk4", y=y)
+    v = fm.velocity(net, config["predict"], fm.PATHS[config["path"]], y, clamped=True)
+    exact, _ = fm.solve(v, e, fm.time_grid(100), "rk4")
     fresh = data.points(config["data"], len(e), data.key(1, data.HELD_OUT, 0)) if points else None
     print("solver    steps or tol   NFE   RMS distance from the exact flow" + ("   W2 to data" if points else ""))
     trials = [(name, budget // cost) for name, cost in (("euler", 1), ("heun", 2), ("midpoint", 2), ("rk4", 4))
               for budget in (4, 8, 16, 32, 64)]
     for solver, steps in [*trials, *(("dopri5", tol) for tol in (1e-1, 1e-2, 1e-3, 1e-4))]:
-        x, nfe = generate(net, config, e, steps if solver != "dopri5" else 1, solver, y=y, tol=steps)
+        x, nfe = fm.solve(v, e, fm.time_grid(steps if solver != "dopri5" else 1), solver, tol=steps)
         row = f"{solver:8s} {steps:13g} {nfe:5d} {(x - exact).square().mean().sqrt():34.4f}"
         print(row + (f"{fm.w2(fresh, x):13.3f}" if points else ""), flush=True)
 
@@ -255,6 +260,8 @@ def parse(argv):
         data.refuse("--inpaint PICTURE and --mask MASK go together")
     if args.guidance != 1 and not args.label:
         data.refuse("--guidance needs a --label to pull towards")
+    if args.bpd and args.label or args.guidance != 1 and (args.bpd or args.sweep or args.invert):
+        data.refuse("--bpd knows no --label, and no --guidance; nor do --sweep and --invert know --guidance")
     return args
 
 

@@ -52,7 +52,7 @@ class Config:
     loss: str = "v"  # in which of x, e, v the squared error is taken
     path: str = "linear"  # linear or cosine
     time: str = "logit-normal"  # logit-normal or uniform training times
-    t_mean: float = 0.0  # mean of the logit-normal; above 32 pixels -0.8 - log(res/256)
+    t_mean: float = 0.0  # mean of the logit-normal; above 32 pixels -0.8 - log(res/256), for mnist and its like -0.4
     ot: bool = False  # pair noise with data by optimal transport
     ot_block: int = 64  # in groups of so many: the assignment costs O(n^3), the gain flattens about here
     cover: float = 0.0  # share of times drawn uniformly, so that all are seen; the loss is corrected for it
@@ -67,7 +67,7 @@ class Config:
     norm: str = "rms"  # rms or derf
     attention: str = "auto"  # fused, hand (written out), or auto: the faster one
     # optimisation
-    optimizer: str = "muon"  # muon (AdamW for what is no matrix of a block) or adamw
+    optimizer: str = "muon"  # muon (for the matrices of the transformer's blocks, AdamW for the rest) or adamw
     steps: int = 700  # gradient steps
     batch: int = 32  # samples a step, over all processes together
     lr: float = 3e-3  # peak learning rate
@@ -79,7 +79,7 @@ class Config:
     # the run
     seed: int = 0  # all randomness follows from it
     device: str = "auto"  # auto, cpu, cuda or mps
-    bf16: bool = True  # matrix products in bfloat16, where the hardware has them
+    bf16: bool = True  # matrix products, and what lies between, in bfloat16, where the hardware has them
     compile: bool = None  # torch.compile; by default on CUDA, where it pays at once
     out: str = ""  # where results go; by default out/<data>-<res>
     report: int = 20  # steps between lines of progress
@@ -289,9 +289,9 @@ def resume_from(given):
     same = (config.steps, config.cooldown) == (was.steps, was.cooldown)
     if same or done <= min(fell, falls):  # until it falls, the rate does not depend on --steps
         return last, config
-    for stable in map(sample.read_checkpoint, out.glob("stable.pt")):
-        if stable["step"] <= falls:
-            return stable | {"finished": done}, config
+    stable = out / "stable.pt"
+    if stable.exists() and (earlier := sample.read_checkpoint(stable))["step"] <= falls:
+        return earlier | {"ahead": done}, config
     data.refuse(f"{out} is at step {done}, but {config.steps} steps cool down from {falls} on: ask for more --steps "
                 f"or less --cooldown")
 
@@ -426,7 +426,7 @@ def main(argv=None):
         for part, state in zip((net, ema, *optimizers), states):
             part.load_state_dict(state)
     weights, averaged = list(net.parameters()), list(ema.parameters())
-    fast = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    fast = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
     if config.compile or (config.compile is None and device.type == "cuda"):
         fast = torch.compile(fast)
 
@@ -465,8 +465,8 @@ def main(argv=None):
     if rank == 0:
         if not resume:
             set_aside(out)
-        if "finished" in checkpoint:  # at a step beyond the one to go on from; it may be wanted
-            shutil.copyfile(out / "ckpt.pt", out / f"ckpt-{checkpoint['finished']}.pt")
+        if "ahead" in checkpoint:  # ckpt.pt is, of where we go on from, and may be wanted
+            shutil.copyfile(out / "ckpt.pt", out / f"ckpt-{checkpoint['ahead']}.pt")
         data.check_writable(out / "samples")
     stop = []  # the signal that asked us to
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -482,7 +482,8 @@ def main(argv=None):
             dist.all_reduce(signalled, dist.ReduceOp.MAX)  # between CPUs; so that all leave after the same step
         milestone = done == config.steps or (done % config.preview == 0 and not signalled)
         if rank == 0 and (milestone or signalled or done % config.report == 0):
-            loss = total.item() / (done - reported)  # the one place where the CPU waits for the device
+            # The one place where the CPU waits for the device (but for --ot). The loss is of this process's share.
+            loss = total.item() / (done - reported)
             rate = (done - reported) * config.batch / (time.perf_counter() - began)
             rows.append({"step": done, "loss": loss, "lr": learning_rate(config, step), "samples_s": rate})
             left = timedelta(seconds=round((config.steps - done) * config.batch / rate))
