@@ -23,6 +23,7 @@ import tarfile
 import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
@@ -1228,6 +1229,13 @@ def test_the_average_forgets_nine_tenths_of_the_first_weights_in_the_first_step(
         torch.testing.assert_close(after["ema"][name], 0.1 * start[name] + 0.9 * after["weights"][name])
 
 
+def test_held_out_loss_comes_in_ten_bins_of_t_from_noise_to_data(monkeypatch):
+    monkeypatch.setattr(fm, "loss", lambda net, x, e, t, *_: t)
+    dataset, config = data.load("faces", "data", 16)[:2], train.resolve({})
+    bins = train.held_out(None, config, *dataset, torch.device("cpu"))
+    np.testing.assert_allclose(bins, np.arange(0.05, 1, 0.1), atol=1e-6)
+
+
 def test_the_average_is_what_is_judged_drawn_and_sampled_from(monkeypatch):
     used = []
     for name, result in (("held_out", [1.0] * 10), ("preview", Image.new("L", (1, 1))), ("wasserstein", {0: 0.0})):
@@ -1382,7 +1390,8 @@ def test_training_leaves_checkpoint_log_curve_and_previews(faces_run):
     assert [p.name for p in sorted((out / "samples").iterdir())] == ["000002.png", "000004.png"]
     rows = log_of(out)
     assert [r["step"] for r in rows] == ["1", "2", "3", "4"]
-    assert all(float(rows[-1][f"t{i}"]) > 0 for i in range(10)) and rows[0]["t0"] == ""
+    bins = [float(rows[-1][f"t{i}"]) for i in range(10)]
+    assert min(bins) > 0 and float(rows[-1]["held_out"]) == pytest.approx(np.mean(bins)) and rows[0]["t0"] == ""
     for word in ("step", "loss", "samples/s", "ETA", "M parameters", "width=32"):
         assert word in said
     assert state(out)["config"]["width"] == 32
@@ -1660,6 +1669,22 @@ def test_bench_prints_rates(capsys):
     for word in ("ms/step", "samples/s", "GFLOP/sample", "GFLOP/s", "float32", "bfloat16"):
         assert word in said
     assert not Path("out").exists()
+
+
+def test_bench_counts_the_arithmetic_and_divides_it_by_the_time(monkeypatch, capsys):
+    """Counted anew, layer by layer, and every call takes a quarter of a second."""
+    timer = Namespace(timeit=lambda calls: Namespace(mean=0.25))
+    monkeypatch.setattr("torch.utils.benchmark.Timer", lambda *_, **__: timer)
+    train.main(["--device", "cpu", "--bench"])
+    said, products = capsys.readouterr().out, []
+    net = model.build("transformer", res=32, patch=4, stride=4, width=256, depth=4, heads=4)
+    for layer in filter(lambda layer: isinstance(layer, torch.nn.Linear), net.modules()):
+        layer.register_forward_hook(lambda layer, _, out: products.append(2 * out.numel() * layer.in_features))
+    net(torch.randn(1, 3, 32, 32), torch.rand(1))
+    flop = 3 * (sum(products) + 4 * 2 * 2 * 64**2 * 256)  # 4 blocks of 64 x 64 tokens, q k and then v
+    sample, step, square = flop / 1e9, 32 * flop / 1e9, 2 * 2048**3 / 1e9
+    assert f"250.0 ms/step  128.0 samples/s  {sample:.3f} GFLOP/sample  {4 * step:,.0f} GFLOP/s\n" in said
+    assert f"{step / square:.0%} of a plain float32 matrix product's {4 * square:,.0f} GFLOP/s" in said
 
 
 @pytest.mark.parametrize("name", ["pets", "spirals"])
