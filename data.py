@@ -83,7 +83,7 @@ def run(main):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Random numbers. What a run draws is a pure function of a few integers (seed, purpose, step, rank, ...), so a resumed
-# run needs no generator state and picture i comes out the same in any batch.
+# run needs no generator state and the noise of picture i is the same in any batch.
 
 ORDER, BATCH, HELD_OUT, SAMPLE, SPLIT, INPAINT, TRACE = range(7)  # purposes, so that no two uses share a stream
 
@@ -297,14 +297,14 @@ def celeba_attributes(table, names):
 
 def list_pictures(place):
     """Names of the pictures in a folder or zip, sorted."""
-    names = [p.relative_to(place).as_posix() for p in place.rglob("*")]  # none, unless it is a folder
+    names = [p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()]  # none, unless it is a folder
     if zipfile.is_zipfile(place):
         names = zipfile.ZipFile(place).namelist()
     # not macOS's hidden twins, ._1.jpg and __MACOSX/._1.jpg
     names = sorted(n for n in names if n.lower().endswith(ENDINGS) and not n.split("/")[-1].startswith("._"))
     if not names:
-        refuse(f"no pictures in {place}: looked for a folder or zip with any of {' '.join(ENDINGS)} in it. Other data "
-               f"by name: {', '.join(['faces', 'celeba', *OFFICIAL, *POINTS])}")
+        refuse(f"no pictures in {place}: looked for a folder, or a whole zip, with any of {' '.join(ENDINGS)} in it. "
+               f"Other data by name: {', '.join(['faces', 'celeba', *OFFICIAL, *POINTS])}")
     return names
 
 
@@ -487,6 +487,10 @@ def write_pack(pack, stream, n):
         part.replace(pack)  # last: where the pictures are, the labels must be
 
 
+def usual_res(name):
+    return OFFICIAL[name]["res"] if name in OFFICIAL else 32
+
+
 def channels(name):
     return OFFICIAL[name]["channels"] if name in OFFICIAL else 3
 
@@ -506,7 +510,7 @@ def load(name, root="data", res=32):
         about, (sources, missing) = OFFICIAL[name], look(name, root)
         if missing:
             refuse(f"{name} is not there: no {', '.join(missing)} (or unpacked) in {root / name}/. Type python "
-                   f"train.py --data {name} --download, or get each as {about['url']}NAME, into that folder")
+                   f"train.py --data {name} --root {root} --download, or get {about['url']}NAME, into that folder")
         label_names, samples = about["label_names"], lambda: read_official(name, sources, res)
     elif name == "faces":
         label_names, samples = FACE_ATTRIBUTES, lambda: (FACES, stream_faces(res))
@@ -630,13 +634,14 @@ def plot(curves, xlabel):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Packs a dataset and draws a sheet of it.", allow_abbrev=False)
     parser.add_argument("--data", default="faces", help="a name (see README.md), or a folder or zip of pictures")
-    parser.add_argument("--res", type=between(int, 8, 10**4), default=32, help="pixels a side")
+    parser.add_argument("--res", type=between(int, 8, 10**4), help="pixels a side")
     parser.add_argument("--root", default="data", help="where datasets are looked for and packed arrays kept")
     parser.error = refuse
     args = parser.parse_args(argv)
-    to = folder(args.data, args.res) / "data.png"
+    res = args.res or usual_res(args.data)
+    to = folder(args.data, res) / "data.png"
     check_writable(to)
-    images, _, label_names = load(args.data, args.root, args.res)
+    images, _, label_names = load(args.data, args.root, res)
     (scatter(images[:2000]) if args.data in POINTS else grid(images[split(len(images))[1][:64]])).save(to)
     print(f"{len(images):,} samples; labels: {', '.join(filter(None, label_names)) or 'none'}; wrote {to}")
 

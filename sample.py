@@ -51,7 +51,7 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["built"] = model.build(**checkpoint["net"])
         checkpoint["built"].load_state_dict(checkpoint["ema"])
-        checkpoint["step"], checkpoint["config"]["data"], checkpoint["label_names"], checkpoint["log"]
+        checkpoint["step"], checkpoint["config"]["data"], checkpoint["label_names"], checkpoint["log"], checkpoint["n"]
     except Exception as error:  # torch.load alone raises half a dozen kinds for a damaged file
         data.refuse(f"{path} is not a checkpoint of this program ({error!r:.200})")
     return checkpoint
@@ -117,16 +117,20 @@ def draw(x, config, columns=None):
 
 
 def write(x, states, config, to, columns=None):
-    """x to the file or folder `to`, whose ending says how; states: those of the whole flow, for a GIF."""
+    """x to the file or folder `to`, whose ending says how; states: those of the whole flow, for a GIF. A kill or a
+    full disk leaves a file that was there before."""
+    part = to.with_stem(f"{to.stem}.part")
     if to.suffix == ".png":
-        draw(x, config, columns).save(to)
+        draw(x, config, columns).save(part)
     elif to.suffix == ".gif":
-        data.save_gif(to, [draw(z, config, columns) for z in states])
+        data.save_gif(part, [draw(z, config, columns) for z in states])
     elif to.suffix == ".npy":
-        np.save(to, x.cpu().numpy())
+        np.save(part, x.cpu().numpy())
     else:
         for i, pixels in enumerate(data.to_uint8(x)):
             Image.fromarray(pixels.squeeze()).save(to / f"{i:05d}.png")
+    if to.suffix:
+        part.replace(to)
     print(f"wrote {to}")
 
 
@@ -234,7 +238,7 @@ def parse(argv):
     parser.add_argument("--n", type=count, default=64, help="how many samples; with labels, rounded up to whole rows")
     parser.add_argument("--steps", type=count, default=50, help="steps of the solver")
     parser.add_argument("--solver", default="heun", choices=list(fm.SOLVERS))
-    parser.add_argument("--seed", type=seed, default=0, help="sample i depends on (seed, i) only")
+    parser.add_argument("--seed", type=seed, default=0, help="the noise of sample i depends on (seed, i) only")
     parser.add_argument("--tol", type=tolerance, default=1e-4, help="error that dopri5 allows itself per step")
     parser.add_argument("--shift", type=ratio, default=1.0, help="more than 1: smaller steps near the noise")
     parser.add_argument("--label", help="class or attribute, by name or number; a,b; or all: a row each")

@@ -734,6 +734,8 @@ def test_shrinking_takes_every_pixel_into_account():
 def test_folder_is_packed_once_with_sub_folders_as_labels_and_again_when_it_changes(capsys):
     make_pictures(Path("pets/cat"), 3)
     make_pictures(Path("pets/dog"), 2)
+    Path("pets/link.png").symlink_to("nowhere.png")
+    Path("pets/folder.png").mkdir()
     images, labels, names = data.load("pets", "data", 16)
     assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
     assert names == ["cat", "dog"] and labels.tolist() == [0, 0, 0, 1, 1]
@@ -1264,6 +1266,14 @@ def test_the_weight_of_cover_multiplies_the_loss(monkeypatch, quick_w2):
     assert losses[1] == pytest.approx(4 * losses[0])
 
 
+def test_changing_the_cool_down_needs_a_state_from_before_it(capsys, quick_w2):
+    args = [*MOONS, "--out", "run"]
+    train.main([*args, "--steps", "20"])
+    refused(capsys, lambda: train.main([*args, "--steps", "21", "--cooldown", "0.9", "--resume"]), "before step 3")
+    Path("run/stable.pt").unlink()
+    refused(capsys, lambda: train.main([*args, "--steps", "1000", "--resume"]), "no run/stable.pt", "--out")
+
+
 def test_weight_decay_given_with_resume_is_obeyed(quick_w2):
     for out, extra in (("a", []), ("b", ["--decay", "0.9"])):
         train.main([*MOONS, "--steps", "3", "--cooldown", "0", "--out", out])
@@ -1381,6 +1391,20 @@ def faces_run(tmp_path_factory):
     done = command("train.py", "--data", "pets", "--res", 16, *TINY, *often, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
+
+
+@pytest.mark.parametrize("to", ["x.png", "x.gif", "x.npy"])
+def test_a_full_disk_leaves_the_picture_that_was_there(to, faces_run, monkeypatch):
+    def full(file, *_, **__):
+        Path(file).write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(Image.Image, "save", lambda image, file, **_: full(file))
+    Path(to).write_text("old")
+    with pytest.raises(OSError):
+        sample.main([str(faces_run[0] / "out/pets-16"), "--n", "1", "--steps", "1", "--to", to])
+    assert Path(to).read_text() == "old"
 
 
 def test_training_leaves_checkpoint_log_curve_and_previews(faces_run):
@@ -1620,6 +1644,13 @@ def test_sweep_shows_that_more_evaluations_and_higher_order_are_nearer_to_the_ex
     assert error["euler", "64"] < error["euler", "8"] and error["rk4", "64"] < error["euler", "64"]
 
 
+def test_likelihood_is_printed_with_its_standard_error(monkeypatch, capsys):
+    monkeypatch.setattr(fm, "log_likelihood", lambda *_: (-torch.tensor([1.0, 2.0, 3.0, 6.0]), 7))
+    config = dict(data="moons", root="data", res=32, predict="v", path="linear")
+    sample.likelihood(None, config, n=4, steps=3, seed=0, device=torch.device("cpu"))
+    assert capsys.readouterr().out.startswith("3.000 +- 1.080 nats on 4 held-out")  # sqrt(14 / 3 / 4)
+
+
 def test_likelihood_is_better_after_training_and_known_for_points(quick_w2, capsys):
     nats = []
     for steps in ("1", "400"):
@@ -1695,6 +1726,12 @@ def test_sheet_of_a_dataset(name):
     assert done.returncode == 0 and sheet.width > 50 and 0.01 < (np.array(sheet) < 250).mean() < 0.99
 
 
+def test_sheet_of_digits_has_their_own_size_so_that_training_packs_nothing_anew(capsys):
+    write(ROOT / "mnist", digits()[0])
+    data.main(["--data", "mnist"])
+    assert Path("out/mnist-28/data.png").exists() and "packing" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flag", [
     "--predict e", "--loss x", "--path cosine", "--time uniform", "--t-mean 0.5", "--ot", "--lr 0.01", "--warmup 0",
     "--cooldown 0", "--decay 0.5", "--clip 0.001", "--seed 1", "--batch 4", "--no-flip", "--norm derf",
@@ -1752,6 +1789,9 @@ def test_the_step_is_compiled_if_asked_to(monkeypatch, quick_w2):
     (["--t-mean", "nan"], ["--t-mean"]),
     (["--data", ""], ["--data"]),
     (["--device", "cpu:foo"], ["cpu:foo"]),
+    (["--width", "1000000000"], ["overflow"]),
+    (["--out", f"{HERE / 'fm.py'}/x"], ["--out", "fm.py is a file"]),
+    (["--data", "mnist", "--root", "there"], ["there/mnist", "--root there --download"]),
 ], ids=str)
 def test_a_wrong_command_gets_one_line_and_status_2(args, words, capsys):
     refused(capsys, lambda: train.main(["--device", "cpu", *args]), *words)
@@ -1781,13 +1821,15 @@ def test_resume_refuses_another_shape_a_finished_run_and_a_damaged_file(capsys, 
     refused(capsys, lambda: train.main([*args, "--resume"]), "another version", "--out")
 
 
-def test_resume_refuses_labels_that_are_no_longer_the_same(capsys):
+def test_resume_refuses_data_that_are_no_longer_the_same(capsys):
     make_pictures(Path("pets/cats"), 8)
     make_pictures(Path("pets/dogs"), 8)
     args = ["--data", "pets", "--res", "16", "--cond", "all", *TINY]
     train.main([*args, "--steps", "1"])
-    Path("pets/dogs").rename("pets/ants")  # as many labels, but cats would be called ants
-    refused(capsys, lambda: train.main([*args, "--steps", "2", "--resume"]), "labels", "out/pets-16", "--out")
+    for change in (lambda: Path("pets/dogs").rename("pets/ants"),  # as many labels, but cats would be called ants
+                   lambda: (Path("pets/ants").rename("pets/dogs"), make_pictures(Path("pets/dogs"), 9))):
+        change()
+        refused(capsys, lambda: train.main([*args, "--steps", "2", "--resume"]), "labels", "out/pets-16", "--out")
 
 
 @pytest.mark.parametrize("args,words", [

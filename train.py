@@ -157,11 +157,11 @@ def parse(argv):
 def resolve(given):
     """The given fields over the preset's over Config's. Refuses what cannot work."""
     name = given.get("data", Config.data)
-    res = given.get("res", data.OFFICIAL[name]["res"] if name in data.OFFICIAL else Config.res)
+    res = given.get("res", data.usual_res(name))
     config = Config(**{"res": res, **preset(name, res, given.get("model")), **given})
     config.out = config.out or str(data.folder(name, res))
-    if Path(config.out).is_file():
-        data.refuse(f"--out {config.out}: there is a file of that name")
+    for place in filter(Path.is_file, [Path(config.out), *Path(config.out).parents]):
+        data.refuse(f"--out {config.out}: {place} is a file")
     if (config.model == "mlp") != (name in data.POINTS):
         data.refuse(f"--model {config.model} --data {name}: mlp is for points, transformer and unet are for pictures")
     of_networks = {"patch", "stride", "width", "depth", "heads", "norm", "attention"}
@@ -282,7 +282,7 @@ def resume_from(given):
     for field in FIXED:
         if getattr(config, field) != getattr(was, field):
             data.refuse(f"--{field} {getattr(config, field)}: {out} was trained with {getattr(was, field)!r}; leave "
-                        f"the flag out, or start anew in another folder: --out DIR")
+                        f"the flag out (with --out {out}), or start anew: --out DIR")
     if done >= config.steps:
         data.refuse(f"{out} is at step {done} already; to train longer, ask for more: --steps {2 * done}")
     fell, falls = cooldown_start(was), cooldown_start(config)
@@ -292,8 +292,8 @@ def resume_from(given):
     stable = out / "stable.pt"
     if stable.exists() and (earlier := sample.read_checkpoint(stable))["step"] <= falls:
         return earlier | {"ahead": done}, config
-    data.refuse(f"{out} is at step {done}, but {config.steps} steps cool down from {falls} on: ask for more --steps "
-                f"or less --cooldown")
+    data.refuse(f"in {out} the rate has begun to fall, and there is no {stable} from before step {falls}, where it "
+                f"would now: ask for more --steps or less --cooldown, or start anew: --out DIR")
 
 
 def set_aside(out):
@@ -394,7 +394,7 @@ def main(argv=None):
     try:
         with torch.device("meta"):  # before anything slow: do the sizes go together?
             model.build(**network(config))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter for a size that no memory has
         data.refuse(str(error))
 
     if world > 1:
@@ -414,8 +414,8 @@ def main(argv=None):
     if world > 1 and local == 0:
         dist.barrier()
     labels, label_names = data.choose_labels(labels, label_names, config.cond)
-    if resume and label_names != checkpoint["label_names"]:
-        data.refuse(f"the labels are no longer those that {config.out} was trained with; start anew: --out DIR")
+    if resume and (label_names, len(images)) != (checkpoint["label_names"], checkpoint["n"]):
+        data.refuse(f"the data, or their labels, are no longer those of {config.out}; start anew: --out DIR")
     torch.manual_seed(config.seed)
     sizes = network(config, len(label_names))
     net = model.build(**sizes).to(device)
@@ -454,7 +454,7 @@ def main(argv=None):
 
     def keep(name, step):
         save(out / name, {"step": step, "config": vars(config), "net": sizes, "label_names": label_names, "log": rows,
-                          "weights": net.state_dict(), "ema": ema.state_dict(),
+                          "n": len(images), "weights": net.state_dict(), "ema": ema.state_dict(),
                           "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
     print(*(f"{name}={value}" for name, value in vars(config).items()))
