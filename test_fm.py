@@ -375,6 +375,12 @@ def test_inpainting_keeps_what_is_known_and_repeats_find_the_only_completion(pat
     assert right[1] + 0.1 < right[5] < right[25] > 0.85, right
 
 
+def test_dopri5_passes_through_every_time_of_the_grid():
+    states = []
+    fm.solve(lambda z, t: torch.ones_like(z), torch.zeros(1), fm.time_grid(4), "dopri5", end_euler=True, states=states)
+    torch.testing.assert_close(torch.cat(states), torch.tensor([0.25, 0.5, 0.75, 0.99975, 1.0]))  # the last by Euler
+
+
 @pytest.mark.parametrize("path", fm.PATHS.values(), ids=fm.PATHS)
 def test_filling_in_goes_back_to_states_that_the_path_has(path):
     """For data that are always 2, z at time s is normal with mean 2 alpha(s) and deviation sigma(s)."""
@@ -821,6 +827,14 @@ def test_a_full_disk_while_packing_is_told_in_a_line_and_leaves_nothing_behind()
     assert list(Path("data/cache").iterdir()) == [] and not Path("out/pets-32/data.png").exists()
 
 
+def test_a_grid_is_read_like_a_page_and_a_scatter_plot_has_y_upwards():
+    shades = np.arange(0, 240, 40, dtype=np.uint8)
+    sheet = data.grid(np.broadcast_to(shades[:, None, None, None], (6, 72, 72, 1)), columns=3)
+    assert [sheet.getpixel((40 + 76 * (i % 3), 40 + 76 * (i // 3))) for i in range(6)] == shades.tolist()
+    dark = np.argwhere(np.array(data.scatter(np.array([[4.0, 3.0]])).convert("L")) < 250)
+    np.testing.assert_allclose(dark.mean(0), (120, 400), atol=1)  # rows from the top; the middle is (240, 240)
+
+
 @pytest.mark.parametrize("shape", ["zip", "folder", "hq"])
 def test_celeba_is_found_in_its_usual_shapes(shape):
     place = {"zip": Path("tmp/img_align_celeba"), "folder": Path("data/celeba/img_align_celeba"),
@@ -1255,6 +1269,13 @@ def test_about_half_of_the_pictures_are_mirrored_left_to_right():
     mirrored, plain = (train.batch(config, *dataset, 0, 0, 1, cpu)[0] for config in configs)
     swapped = [torch.equal(p, q.flip(2)) for p, q in zip(mirrored, plain)]  # (C, H, W) each
     assert 2 < sum(swapped) < 14 and all(s or torch.equal(p, q) for s, p, q in zip(swapped, mirrored, plain))
+
+
+def test_gradients_are_clipped_to_the_norm_that_was_asked_for(monkeypatch, quick_w2):
+    norms = []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda weights, norm: norms.append(norm))
+    train.main([*MOONS, "--steps", "2", "--clip", "0.25"])
+    assert norms == [0.25, 0.25]
 
 
 def test_the_weight_of_cover_multiplies_the_loss(monkeypatch, quick_w2):
