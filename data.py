@@ -634,7 +634,7 @@ def plot(curves, xlabel):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Packs a dataset and draws a sheet of it.", allow_abbrev=False)
     parser.add_argument("--data", default="faces", help="a name (see README.md), or a folder or zip of pictures")
-    parser.add_argument("--res", type=between(int, 8, 10**4), help="pixels a side")
+    parser.add_argument("--res", type=between(int, 8, 10**4), help="pixels a side (32, or an official dataset's own)")
     parser.add_argument("--root", default="data", help="where datasets are looked for and packed arrays kept")
     parser.error = refuse
     args = parser.parse_args(argv)

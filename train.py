@@ -426,6 +426,7 @@ def main(argv=None):
         for part, state in zip((net, ema, *optimizers), states):
             part.load_state_dict(state)
     weights, averaged = list(net.parameters()), list(ema.parameters())
+    # All buffers are constants, so the processes need not exchange them.
     fast = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
     if config.compile or (config.compile is None and device.type == "cuda"):
         fast = torch.compile(fast)
@@ -465,7 +466,7 @@ def main(argv=None):
     if rank == 0:
         if not resume:
             set_aside(out)
-        if "ahead" in checkpoint:  # ckpt.pt is, of where we go on from, and may be wanted
+        if "ahead" in checkpoint:  # ckpt.pt is ahead of the state that we go on from; it may be wanted
             shutil.copyfile(out / "ckpt.pt", out / f"ckpt-{checkpoint['ahead']}.pt")
         data.check_writable(out / "samples")
     stop = []  # the signal that asked us to
