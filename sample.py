@@ -119,7 +119,7 @@ def draw(x, config, columns=None):
 def write(x, states, config, to, columns=None):
     """x to the file or folder `to`, whose ending says how; states: those of the whole flow, for a GIF. A kill or a
     full disk leaves a file that was there before."""
-    part = to.with_stem(f"{to.stem}.part")
+    part = to.parent / f"part-{to.name}"
     if to.suffix == ".png":
         draw(x, config, columns).save(part)
     elif to.suffix == ".gif":

@@ -1442,15 +1442,16 @@ def test_training_leaves_checkpoint_log_curve_and_previews(faces_run):
     assert state(out)["config"]["width"] == 32
 
 
-@pytest.mark.parametrize("to", ["x.png", "x.gif", "x.npy", "folder"])
+@pytest.mark.parametrize("to", ["x.png", "x.gif", "x.npy", "folder", "."])
 def test_samples_are_written_as_the_ending_says(faces_run, to, capsys):
     sample.main([str(faces_run[0] / "out/pets-16"), "--n", "5", "--steps", "3", "--batch", "2", "--to", to])
     said = capsys.readouterr().out
+    assert not list(Path().glob("*part*"))
     assert "NFE 5" in said and "samples/s" in said  # Heun: two a step, but one in the last
     if to == "x.npy":
         x = np.load(to)
         assert x.shape == (5, 3, 16, 16) and x.dtype == np.float32
-    elif to == "folder":
+    elif to in ("folder", "."):
         assert [Image.open(p).size for p in sorted(Path(to).iterdir())] == [(16, 16)] * 5
     elif to == "x.gif":
         assert Image.open(to).n_frames == 4
