@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import inspect
 import io
+import re
 import signal
 import sys
 import tarfile
@@ -30,6 +31,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 POINTS = ("moons", "8gaussians", "checkerboard", "spirals")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+REMEDIES = {  # what torch and Triton say when something is missing, and how to go without it
+    "out of memory|can't allocate memory|not enough memory": "a smaller --batch needs less",
+    "No working C.. compiler|Failed to find C compiler|CalledProcessError|working triton": "--no-compile does without",
+}
 FACES, DOTS = 20_000, 10**6  # how many are drawn; a three-minute run sees each about once
 
 
@@ -75,10 +80,13 @@ def run(main):
     try:
         main()
     except (OSError, FloatingPointError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:
-        memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if isinstance(error, RuntimeError) and not memory:
+        text = str(error) or "out of memory"
+        for words, remedy in REMEDIES.items():
+            if line := re.search(f".*({words}).*", text):
+                refuse(f"{line[0]}; {remedy}", status=1)
+        if isinstance(error, RuntimeError):
             raise  # a mistake in the program
-        refuse(str(error).partition("\n")[0] or "out of memory", status=1)
+        refuse(text.partition("\n")[0], status=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -782,17 +782,19 @@ def test_a_picture_that_cannot_be_read_now_is_not_left_out_for_ever(monkeypatch)
     assert len(data.load("pets", "data", 16)[0]) == 3
 
 
-def test_a_zip_with_a_damaged_directory_and_full_memory_are_told_in_a_line(capsys):
+def test_a_damaged_zip_full_memory_and_a_missing_compiler_are_told_in_a_line(capsys):
     make_pictures(Path("pets"), 2)
     with zipfile.ZipFile("pets.zip", "w") as archive:
         for picture in Path("pets").iterdir():
             archive.write(picture)
     Path("pets.zip").write_bytes(Path("pets.zip").read_bytes().replace(b"PK\1\2", b"PK\7\7"))
     for code, word in (("data.main(['--data', 'pets.zip'])", "directory"),
-                       ("torch.empty(2**50)", "can't allocate memory"),
+                       ("torch.empty(2**50)", "; a smaller --batch needs less"),
+                       ("torch.compile(torch.sin)(torch.ones(2))", "; --no-compile does without"),
                        ("torch.empty(2**62, dtype=int)", ""), ("torch.nn.Module()(1)", "")):
         done = subprocess.run([sys.executable, "-c", f"import data, torch; data.run(lambda: {code})"], text=True,
-                              capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+                              capture_output=True, env={**os.environ, "PYTHONPATH": str(HERE), "CXX": "/none",
+                                                        "TORCHINDUCTOR_CACHE_DIR": "inductor"})
         assert word in done.stderr
         assert ("Traceback" in done.stderr) == (word == ""), done.stderr  # the last two are mistakes in the program
 
