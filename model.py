@@ -37,7 +37,8 @@ class Labels(nn.Module):
 
     def __init__(self, labels, dim):
         super().__init__()
-        self.rows = nn.Parameter(0.02 * torch.randn(labels + 1, dim)) if labels else None
+        # About as large as time's vector varies. With rows of 0.02, training took long to notice the labels at all.
+        self.rows = nn.Parameter(0.2 * torch.randn(labels + 1, dim)) if labels else None
 
     def forward(self, y):
         if self.rows is None:

@@ -599,6 +599,16 @@ def test_labels_are_rows_of_a_table_and_no_label_has_a_row_of_its_own():
     assert torch.equal(labels(None), labels.rows[3]) and model.Labels(0, 5)(None) == 0
 
 
+@pytest.mark.parametrize("sizes", [dict(kind="transformer", patch=8, stride=8), dict(kind="unet")])
+def test_labels_weigh_about_as_much_as_time_before_training(sizes):
+    """Rows a tenth as large were heard so late that samples ignored their labels."""
+    torch.manual_seed(0)
+    net = model.build(res=32, width=64, heads=4, labels=8, **sizes)
+    of_time = net.time(model.sinusoidal(torch.rand(512), 256)).std(0).mean()
+    of_label = net.labels(torch.arange(8)).std(0).mean()
+    assert 0.5 < of_label / of_time < 5
+
+
 def test_the_256_pixel_face_model_has_about_115M_parameters_and_441_tokens():
     config = train.resolve({"data": "celeba", "res": 256})
     with torch.device("meta"):
@@ -614,6 +624,11 @@ def test_presets_fit_every_resolution_with_several_patches_a_side():
         config = train.resolve({"data": "faces", "res": res})
         model.check_stride(res, config.patch, config.stride)
         assert (res - config.patch) // config.stride + 1 >= 4, (res, config.patch, config.stride)
+
+
+def test_presets_of_small_pictures_see_more_noise_than_the_formula_and_of_large_ones_as_much():
+    means = [train.resolve({"data": "faces", "res": res}).t_mean for res in (32, 64, 256, 512)]
+    assert means == pytest.approx([0, 0, -0.8, -0.8 - math.log(2)])
 
 
 def test_time_embedding_tells_nearby_times_apart():

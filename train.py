@@ -52,7 +52,7 @@ class Config:
     loss: str = "v"  # in which of x, e, v the squared error is taken
     path: str = "linear"  # linear or cosine
     time: str = "logit-normal"  # logit-normal or uniform training times
-    t_mean: float = 0.0  # mean of the logit-normal; above 32 pixels -0.8 - log(res/256), for mnist and its like -0.4
+    t_mean: float = 0.0  # mean of the logit-normal; -0.8 - log(res/256), at most 0; for mnist and its like -0.4
     ot: bool = False  # pair noise with data by optimal transport
     ot_block: int = 64  # in groups of so many: the assignment costs O(n^3), the gain flattens about here
     cover: float = 0.0  # share of times drawn uniformly, so that all are seen; the loss is corrected for it
@@ -94,8 +94,9 @@ def preset(name, res, kind=None):
     if name in data.POINTS:
         return dict(model="mlp", width=64, predict="v", time="uniform", optimizer="adamw", steps=3000, batch=256,
                     lr=2e-3, ema=0.999, report=200, preview=1000)
-    # At 32 pixels the formula's mean, 1.3, sees too little noise in so few steps: faces fall apart.
-    fields = dict(t_mean=fm.logit_normal_mean(res)) if res > 32 else {}
+    # For small pictures the formula's mean, 1.3 at 32 pixels, sees too little noise in few steps: faces fall apart,
+    # and labels, which say most where little is to be seen, go unheard.
+    fields = dict(t_mean=min(0.0, fm.logit_normal_mean(res)))
     if name in data.OFFICIAL:
         kind = kind or "unet"
         fields = dict(model="unet", cond="all", flip=name != "mnist", t_mean=-0.4, steps=2000, batch=64, warmup=100,
