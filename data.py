@@ -2,9 +2,11 @@
 
     python data.py --data celeba --res 256      packs a dataset and draws a sheet of it, without training
 
-A source (a zip, a folder, our own drawing code) is decoded, cropped and resized once, into a uint8 array
-(N, H, W, C) on disk. Training only ever maps that array into memory, so loading a batch is an index and a memcpy,
-shared by all processes through the page cache; there are no loader processes to tune.
+A source (a zip, a folder, our own drawing code) is decoded, cropped and resized once, into a uint8 array (N, H, W, C)
+on disk. Training only maps that array into memory. So loading a batch is an index and a memcpy, all processes share
+the pages, and there are no loader processes to tune.
+
+Last in this file: the plumbing that all scripts share (seeds, flags, ending with a message).
 """
 
 import argparse
@@ -22,88 +24,17 @@ import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-POINTS = ("moons", "8gaussians", "checkerboard", "spirals")
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-REMEDIES = {  # what torch and Triton say when something is missing, and how to go without it
-    "out of memory|can't allocate memory|not enough memory": "a smaller --batch needs less",
-    "No working C.. compiler|Failed to find C compiler|CalledProcessError|working triton": "--no-compile does without",
-}
-FACES, DOTS = 20_000, 10**6  # how many are drawn; a three-minute run sees each about once
-
-
-def refuse(message, status=2):
-    """Ends the program with one line and no traceback: status 2 for a mistake in its use, 1 for a failure."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
-def check_writable(path):
-    """Makes the folder of `path`, or `path` itself where that is to be a folder, as it has no ending. What cannot be
-    made is refused before the work, not after it."""
-    if path.suffix and path.is_dir():
-        refuse(f"cannot write {path}: there is a folder of that name")
-    try:
-        (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        refuse(f"cannot write {path}: {error}")
-
-
-def between(kind, low, high):
-    """A type for argparse: a number of this kind from low to high."""
-
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} must lie between {low} and {high:g}")
-        return kind(text)
-
-    return number
-
-
-def run(main):
-    """Runs a program. A full disk, a missing right, too little memory are told in a line, like any other failure."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no Unicode
-    for number in (signal.SIGINT, signal.SIGTERM):  # as an exception, so that half-written files are removed
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    if sys.platform == "linux":
-        # malloc gives large freed blocks back to the system, and the next tensor pays for them anew, with a page fault
-        # for every 4 KiB: 6% of a CPU's step at --res 64. So it shall trim nothing and map nothing (see malloc.h).
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-    try:
-        main()
-    except (OSError, FloatingPointError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:
-        text = str(error) or "out of memory"
-        for words, remedy in REMEDIES.items():
-            if line := re.search(f".*({words}).*", text):
-                refuse(f"{line[0]}; {remedy}", status=1)
-        if isinstance(error, RuntimeError):
-            raise  # a mistake in the program
-        refuse(text.partition("\n")[0], status=1)
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# Random numbers. What a run draws is a pure function of a few integers (seed, purpose, step, rank, ...), so a resumed
-# run needs no generator state and the noise of picture i is the same in any batch.
-
-ORDER, BATCH, HELD_OUT, SAMPLE, SPLIT, INPAINT, TRACE = range(7)  # purposes, so that no two uses share a stream
-
-
-def key(*words):
-    """Hashes integers into one 63-bit seed, for numpy's and torch's generators alike."""
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
-
-
-@functools.lru_cache(maxsize=4)
-def permutation(n, seed, epoch):
-    return np.random.default_rng(key(seed, ORDER, epoch)).permutation(n)
+# Batches. Which samples a step gets is a function of (seed, step), so a resumed run needs no generator state.
 
 
 def batch_indices(n, size, step, seed):
@@ -112,43 +43,194 @@ def batch_indices(n, size, step, seed):
     Returns (size,) int64. A batch may straddle two epochs (or more, if size > n), so no sample is left out.
     """
     place = np.arange(step * size, (step + 1) * size)
-    epochs = np.unique(place // n)
-    return np.concatenate([permutation(n, seed, epoch)[place[place // n == epoch] % n] for epoch in epochs])
+    epoch, within = np.divmod(place, n)
+    indices = np.empty(size, np.int64)
+    for this_epoch in np.unique(epoch):
+        here = epoch == this_epoch
+        indices[here] = permutation(n, seed, int(this_epoch))[within[here]]
+    return indices
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(n, seed, epoch):
+    return np.random.default_rng(seed_from(seed, ORDER, epoch)).permutation(n)
+
+
+@functools.lru_cache(maxsize=4)
+def split(n):
+    """(training indices, held-out indices). A twentieth is held out, at most 1,024, the same in every run; of fewer
+    than 20 samples, all serve as both."""
+    order = np.random.default_rng(seed_from(0, SPLIT)).permutation(n)
+    held_out = min(1024, n // 20)
+    if held_out == 0:
+        return np.sort(order), order
+    return np.sort(order[held_out:]), order[:held_out]
+
+
+def send(array, device):
+    """An array as a tensor on the device. The CPU does not wait until a GPU has taken it."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def to_tensor(pixels, device):
+    """uint8 (n, H, W, C) array -> float32 (n, C, H, W) tensor in [-1, 1]; it travels to the device as bytes. Points
+    (n, 2) stay as they are."""
+    x = send(pixels, device)
+    if x.dim() == 2:
+        return x
+    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """Tensor in [-1, 1], (B, C, H, W) -> uint8 array (B, H, W, C)."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Points in the plane, within about [-5, 5.5]: drawn at each start and kept in memory, never packed.
+# Datasets. To add one, add a branch to `find_dataset` (or, for points, a function to POINTS).
+
+
+def load(name, root="data", res=32):
+    """A dataset by name or path, packed on first use: (images, labels, label_names).
+
+    images: uint8 (N, res, res, C), memory-mapped, or points, float32 (N, 2). labels: classes, int64 (N,), or
+    attributes, int64 (N, K) of 0 and 1.
+    """
+    if not name:
+        fail("--data needs a name or a path")
+    if name in POINTS:
+        return points(name, POINTS_DRAWN, seed=0).numpy(), np.zeros(POINTS_DRAWN, np.int64), []
+    files, label_names, n, samples = find_dataset(name, Path(root), res)
+    # The pack's name holds a hash of the sources' sizes and dates and of the code of read_picture, so that it is
+    # packed again when one of them changes.
+    identity = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    content = repr((identity, FACES, res, inspect.getsource(read_picture)))
+    digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+    pack = Path(root, "cache", f"{short_name(name)}-{res}-{digest}.images")
+    if not pack.exists():
+        size = f"{n * res**2 * channels(name) / 1e9:.1f} GB" if n else "small"
+        print(f"packing {name} at {res}x{res} ({size}) into {pack}", flush=True)
+        write_pack(pack, samples, n)
+    images = np.memmap(pack, mode="r").reshape(-1, res, res, channels(name))
+    labels = np.load(pack.with_suffix(".npy"))
+    return images, labels, [str(label) for label in label_names]
+
+
+def find_dataset(name, root, res):
+    """Where a dataset is and what it holds: (files, label_names, n, samples).
+
+    files: what identifies it. n: how many samples, as far as known without reading them, else None. samples: a
+    generator, which reads nothing until asked, of (pixels, label), with pixels uint8, res x res x C of them.
+    """
+    if name == "faces":
+        return [Path(__file__)], FACE_ATTRIBUTES, FACES, stream_faces(res)  # redrawn whenever this file changes
+    if name in OFFICIAL:
+        files = find_official(name, root)
+        return files, OFFICIAL[name]["label_names"], None, stream_official(name, files, res)
+    place = find_celeba(root) if name == "celeba" else Path(name)
+    names = list_pictures(place)
+    files = [place / file for file in names] if place.is_dir() else [place]
+    table = place.parent / "list_attr_celeba.txt"
+    if name == "celeba" and table.exists():
+        label_names, labels = celeba_attributes(table, names)
+        files.append(table)
+    else:
+        folders = [file.rpartition("/")[0] for file in names]
+        label_names, labels = np.unique(folders, return_inverse=True)
+    return files, label_names, len(names), stream_files(place, names, labels, res)
+
+
+def channels(name):
+    return OFFICIAL[name]["channels"] if name in OFFICIAL else 3
+
+
+def usual_res(name):
+    return OFFICIAL[name]["res"] if name in OFFICIAL else 32
+
+
+def short_name(name):
+    """pets for ../pets.zip."""
+    return Path(name).resolve().stem
+
+
+def run_folder(name, res):
+    """Where results go unless the user says otherwise."""
+    return Path("out", name if name in POINTS else f"{short_name(name)}-{res}")
+
+
+def choose_labels(labels, label_names, wanted):
+    """The labels to learn, and their names. wanted: "all", or some attributes by name, comma-separated, or "" for
+    none: then they are all 0, and a network that was built for no labels ignores them."""
+    if not wanted:
+        return np.zeros(len(labels), np.int64), []
+    if len(label_names) < 2:
+        fail(f"--cond {wanted}: this dataset has no labels to learn (a folder's are its sub-folders, CelebA's come "
+             f"from list_attr_celeba.txt beside the pictures)")
+    if wanted == "all":
+        return labels, label_names
+    attributes = label_names if labels.ndim == 2 else []
+    chosen = wanted.split(",")
+    for name in chosen:
+        if name not in attributes:
+            fail(f"--cond {name}: for this dataset it can be {', '.join(['all', *attributes])}")
+    return labels[:, [attributes.index(name) for name in chosen]], chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Points in the plane, within about [-5, 5.5]. They are drawn at each start and kept in memory, never packed.
+
+POINTS_DRAWN = 10**6
 
 
 def points(name, n, seed):
-    """n points of a toy distribution, (n, 2) float32, always the same for a seed."""
-    rng = np.random.default_rng(seed)
-    if name == "moons":  # two half circles, interleaved
-        angle, upper = np.pi * rng.random(n), rng.random(n) < 0.5
-        p = np.where(upper, [np.cos(angle), np.sin(angle)], [1 - np.cos(angle), 0.5 - np.sin(angle)]).T
-        p = 3 * (p + 0.05 * rng.normal(size=(n, 2))) - 1
-    elif name == "8gaussians":  # on a circle of radius 4
-        angle = np.pi / 4 * rng.integers(8, size=n)
-        p = 4 * np.stack([np.cos(angle), np.sin(angle)], 1) + 0.3 * rng.normal(size=(n, 2))
-    elif name == "checkerboard":  # the dark fields of a 4 x 4 board with fields of size 2
-        column = rng.integers(4, size=n)
-        row = 2 * rng.integers(2, size=n) + column % 2
-        p = 2 * (np.stack([column, row], 1) + rng.random((n, 2))) - 4
-    else:  # spirals: two arms, one turn and a half, evenly filled along their length
-        r = np.sqrt(rng.random(n))
-        angle = 3 * np.pi * r + np.pi * rng.integers(2, size=n)
-        p = 4 * (r * [np.cos(angle), np.sin(angle)]).T + 0.1 * rng.normal(size=(n, 2))
+    """n points of a distribution in POINTS, (n, 2) float32, always the same for a seed."""
+    p = POINTS[name](n, np.random.default_rng(seed))
     return torch.from_numpy(p.astype(np.float32))
+
+
+def moons(n, rng):
+    """Two half circles, interleaved."""
+    angle, upper = np.pi * rng.random(n), rng.random(n) < 0.5
+    x = np.where(upper, np.cos(angle), 1 - np.cos(angle))
+    y = np.where(upper, np.sin(angle), 0.5 - np.sin(angle))
+    return 3 * (np.stack([x, y], 1) + 0.05 * rng.normal(size=(n, 2))) - 1
+
+
+def eight_gaussians(n, rng):
+    """On a circle of radius 4."""
+    angle = np.pi / 4 * rng.integers(8, size=n)
+    return 4 * np.stack([np.cos(angle), np.sin(angle)], 1) + 0.3 * rng.normal(size=(n, 2))
+
+
+def checkerboard(n, rng):
+    """The dark fields of a board of 4 x 4 fields, each of size 2."""
+    column = rng.integers(4, size=n)
+    row = 2 * rng.integers(2, size=n) + column % 2
+    return 2 * (np.stack([column, row], 1) + rng.random((n, 2))) - 4
+
+
+def spirals(n, rng):
+    """Two arms of one turn and a half, evenly filled along their length."""
+    r = np.sqrt(rng.random(n))
+    angle = 3 * np.pi * r + np.pi * rng.integers(2, size=n)
+    return 4 * np.stack([r * np.cos(angle), r * np.sin(angle)], 1) + 0.1 * rng.normal(size=(n, 2))
+
+
+POINTS = {"moons": moons, "8gaussians": eight_gaussians, "checkerboard": checkerboard, "spirals": spirals}
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Cartoon faces, the default data: no download, any resolution, drawn by the code below.
 
+FACES = 20_000  # how many are drawn; the default run sees each about once
 FACE_ATTRIBUTES = ("smiling", "open_mouth", "glasses", "hat", "beard", "long_hair", "curly_hair", "blond")
 
 
 def palette(codes):
-    """Colours (3, k), red, green and blue, 0 to 255."""
+    """Hexadecimal codes as colours (3, k): red, green and blue, 0 to 255."""
     return np.array([list(bytes.fromhex(code)) for code in codes.split()], np.float32).T
 
 
@@ -156,37 +238,39 @@ CLOTHES = palette("d8432f 2e86ab f2a541 5b8c5a 7a5ba8 d64b7f 2f3e5c f4f1e8")
 INK, WHITE, TONGUE, BLACK, DUSK = palette("260e17 ffffff f0606c 221f2e dec2b8").T.reshape(5, 3, 1, 1, 1)
 
 
-# Shapes are signed distances, negative inside. The chin is near y = 0.74, the scalp near y = -0.54, the ears
+# Shapes are signed distances (roughly), negative inside. The chin is near y = 0.74, the scalp near y = -0.54, the ears
 # near x = -0.62 and 0.62. A union is a minimum, an intersection a maximum; abs(x) draws both sides at once.
 def disc(x, y, rx, ry):
-    # Half of k^2 - 1 has the slope of a distance at the rim, where it counts, and needs no square root.
+    # With k = distance from the centre over the radius: (k^2 - 1) / 2 instead of k - 1. Both have the same slope at the
+    # rim, where it counts, and this one needs no root.
     return ((x / rx) ** 2 + (y / ry) ** 2 - 1) * (0.5 * min(rx, ry))
 
 
 def slab(x, y, width, height, corner):
+    """A rectangle with rounded corners."""
     dx = np.maximum(abs(x) - (width - corner), 0)
     dy = np.maximum(abs(y) - (height - corner), 0)
     return np.sqrt(dx * dx + dy * dy) - corner
 
 
 def stroke(x, y, width, bend, thick):
-    """A pen line with round ends, which a positive bend lifts, as in a smile."""
+    """A pen line with round ends. A positive bend lifts the ends, as in a smile."""
     return slab(x, y + bend * (x / width) ** 2 - bend / 2, width + thick, thick, thick)
 
 
 def head(x, y, grow=0.0):
     a, b = (x / (0.62 + grow - 0.05 * y)) ** 2, ((y - 0.1) / (0.64 + grow)) ** 2
-    return (a + b - 0.3 * a * b - 1) * 0.31  # the product squares the cheeks a little
+    return (a + b - 0.3 * a * b - 1) * 0.31  # the product makes the cheeks a little squarer
 
 
 def draw_faces(indices, res):
     """The faces numbered `indices`: images (n, res, res, 3) and multi-hot attributes (n, 8), both uint8.
 
-    Painter's algorithm: one flat shape after another over all faces at once, back to front. What differs between
-    faces is an array (n, 1, 1), a colour (3, n, 1, 1), drawn from each face's index alone.
+    Painter's algorithm: flat shapes, one over the other from back to front, each on all faces at once. What differs
+    between faces is an array (n, 1, 1), or for a colour (3, n, 1, 1), drawn from each face's index alone.
     """
     rolls = [np.random.default_rng(i).random(24, np.float32) for i in indices]
-    dice = iter(np.stack(rolls, 1)[..., None, None])
+    dice = iter(np.stack(rolls, 1)[..., None, None])  # 24 numbers in [0, 1), each (n, 1, 1)
 
     def between(low, high):
         return low + (high - low) * next(dice)
@@ -194,7 +278,7 @@ def draw_faces(indices, res):
     def any_of(table):
         return table[..., (next(dice) * table.shape[-1]).astype(int)]
 
-    # Who is it? Each colour and word is as likely as it is often named.
+    # What the faces look like. A word or colour that is listed twice is drawn twice as often.
     skin = any_of(palette("ffdcc4 f9c8a6 eeb083 d9986a bd7d55 a86f49 8b583a"))
     hair = any_of(palette("f7c63f ffd85e ee7430 b04e2c 6e4023 6e4023 38272b 221f2e 221f2e c3c8d2 f072a6 3fa7a3"))
     iris = any_of(palette("5a3420 2f78c0 3a8a55 4a4a5c"))
@@ -211,19 +295,19 @@ def draw_faces(indices, res):
     hair = np.where(abs(hair - skin).sum(0) < 90, BLACK, hair)  # brown hair would be lost on brown skin
     shade, shadow = skin * DUSK / 255, hair * 0.85
 
-    # Where is each pixel, seen from the face?
+    # The coordinates of each pixel in the face's own system, which is shifted, turned and scaled a little.
     tilt, size, aspect = between(-0.06, 0.06), between(1.06, 1.15), between(0.96, 1.04)
     ticks = (np.arange(res, dtype=np.float32) + 0.5) * (2 / res) - 1
     px, py = ticks - between(-0.05, 0.05), ticks[:, None] - between(-0.03, 0.03)
     x = (px * np.cos(tilt) + py * np.sin(tilt)) / (size * aspect)
     y = (py * np.cos(tilt) - px * np.sin(tilt)) / size
-    sides, pixels = abs(x), size * (res / 2)
+    sides, pixels_per_unit = abs(x), size * (res / 2)
     canvas = np.broadcast_to(backdrop, (3, len(indices), res, res)).copy()
 
     def paint(who, colour, shape):
-        """Lays a flat colour over the inside of a shape, on the faces in `who`; edges are one pixel soft."""
-        cover = np.clip(0.5 - shape * pixels, 0, 1) * who
-        canvas[:] += cover * (colour - canvas)
+        """Lays a flat colour over the inside of a shape, on the faces where `who` holds; edges are one pixel soft."""
+        opacity = np.clip(0.5 - shape * pixels_per_unit, 0, 1) * who
+        canvas[:] += opacity * (colour - canvas)
 
     # Behind the head.
     paint(falling, shadow, slab(x, y - 0.03 - 0.23 * long, 0.76, 0.65 + 0.23 * long, 0.55))
@@ -272,62 +356,71 @@ def draw_faces(indices, res):
     paint(hat == "brim", felt * 0.6, slab(x, y + 0.3, 0.82, 0.085, 0.08))
 
     blond = (hair[1] > 190) & (hair[2] < 100) & ((style != "bald") | beard)
-    labels = smile | grin | laugh, grin | laugh | (mouth == "round"), glasses, hatted, beard, long, curly, blond
-    return (canvas.transpose(1, 2, 3, 0) + 0.5).astype(np.uint8), np.hstack(labels)[..., 0].astype(np.uint8)
+    attributes = {
+        "smiling": smile | grin | laugh,
+        "open_mouth": grin | laugh | (mouth == "round"),
+        "glasses": glasses,
+        "hat": hatted,
+        "beard": beard,
+        "long_hair": long,
+        "curly_hair": curly,
+        "blond": blond,
+    }  # (n, 1, 1) each
+    labels = np.hstack([attributes[name] for name in FACE_ATTRIBUTES])[..., 0]  # (n, 8)
+    return (canvas.transpose(1, 2, 3, 0) + 0.5).astype(np.uint8), labels.astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Finding pictures
-
-
-def find_celeba(root):
-    """The first of CelebA's usual shapes found under root: the aligned zip, its folder, or a CelebA-HQ folder."""
-    shapes = ("img_align_celeba.zip", "img_align_celeba", "celeba_hq_256", "celeba_hq", "CelebA-HQ-img", "celebahq")
-    for place in [root / sub / shape for sub in ("", "celeba", "CelebAMask-HQ") for shape in shapes]:
-        if place.exists():
-            return place
-    refuse(f"CelebA is not there: looked in {root}/ for {', '.join(shapes[:3])} and the like. Get {shapes[0]} "
-           f"(1.3 GB) from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, put it into {root}/ as it is, and run "
-           f"this again (or name the folder it lies in: --root DIR)")
-
-
-def celeba_attributes(table, names):
-    """CelebA's 40 attributes from its list_attr_celeba.txt: their names and multi-hot (N, 40) uint8."""
-    _, attributes, *lines = [*table.read_text(errors="replace").splitlines(), "", ""]
-    rows = {file: values for file, *values in map(str.split, filter(str.strip, lines))}
-    files = [name.rpartition("/")[2] for name in names]
-    lost = [file for file in files if file not in rows or len(rows[file]) != len(attributes.split())]
-    if lost:
-        refuse(f"{table} says nothing of {lost[0]} (and {len(lost) - 1} others): get the whole file, or move it away "
-               f"to train without attributes")
-    return attributes.split(), (np.array([rows[file] for file in files]) == "1").astype(np.uint8)
+# Pictures in
 
 
 def list_pictures(place):
     """Names of the pictures in a folder or zip, sorted."""
-    names = [p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()]  # none, unless it is a folder
-    if zipfile.is_zipfile(place):
+    names = []
+    if place.is_dir():
+        names = [file.relative_to(place).as_posix() for file in place.rglob("*") if file.is_file()]
+    elif zipfile.is_zipfile(place):
         names = zipfile.ZipFile(place).namelist()
-    # not macOS's hidden twins, ._1.jpg and __MACOSX/._1.jpg
-    names = sorted(n for n in names if n.lower().endswith(ENDINGS) and not n.split("/")[-1].startswith("._"))
-    if not names:
-        refuse(f"no pictures in {place}: looked for a folder, or a whole zip, with any of {' '.join(ENDINGS)} in it. "
-               f"Other data by name: {', '.join(['faces', 'celeba', *OFFICIAL, *POINTS])}")
-    return names
+    pictures = []
+    for name in names:
+        hidden_by_mac_os = name.split("/")[-1].startswith("._")  # the twin of a file, as in __MACOSX/._1.jpg
+        if name.lower().endswith(ENDINGS) and not hidden_by_mac_os:
+            pictures.append(name)
+    if not pictures:
+        fail(f"no pictures in {place}: looked for a folder, or a whole zip, with any of {' '.join(ENDINGS)} in it. "
+             f"Other data by name: {', '.join(['faces', 'celeba', *OFFICIAL, *POINTS])}")
+    return sorted(pictures)
 
 
-def stem(name):
-    """A dataset's short name: pets for ../pets.zip."""
-    return Path(name).resolve().stem
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def folder(name, res):
-    """Where results go, if the user does not say."""
-    return Path("out", stem(name) if name in POINTS else f"{stem(name)}-{res}")
+def stream_files(place, names, labels, res):
+    """Decodes in parallel, since Pillow releases the GIL; 512 at a time, so that memory stays small."""
+    archive = None if place.is_dir() else zipfile.ZipFile(place)
+    broken = []
+
+    def decode(name, label):
+        try:
+            content = (place / name).read_bytes() if archive is None else archive.read(name)
+            return read_picture(io.BytesIO(content), res), label
+        except Exception as error:  # a broken picture raises anything; it is skipped, and named
+            if getattr(error, "errno", None):
+                raise  # the disk or the network failed: the picture may be readable next time
+            broken.append(f"{name} ({type(error).__name__}: {error})")
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        for i in range(0, len(names), 512):
+            for sample in pool.map(decode, names[i : i + 512], labels[i : i + 512]):
+                if sample is not None:
+                    yield sample
+    if broken:
+        print(f"skipped {len(broken)} of {len(names)} that could not be decoded:", *sorted(broken)[:10], sep="\n  ")
 
 
 def read_picture(file, res):
-    """Decodes one picture: upright, RGB, centre crop, resized by a filter that widens as the picture shrinks."""
+    """Decodes one picture: upright, RGB, centre crop, resized with antialiasing."""
     with Image.open(file) as im:
         im.draft("RGB", (res, res))  # JPEG: let the decoder halve while it decodes, as long as it stays above res
         im = ImageOps.exif_transpose(im)
@@ -340,280 +433,81 @@ def read_picture(file, res):
         return np.asarray(ImageOps.fit(im.convert("RGB"), (res, res), Image.Resampling.LANCZOS))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# MNIST, Fashion-MNIST and CIFAR-10, from the files their authors publish
-
-IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
-ZIPPED = [f"{part}.gz" for part in IDX]
-ROWS = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
-
-OFFICIAL = {  # files: what is published, with its MD5; parts: the same unpacked
-    "mnist": dict(
-        res=28, channels=1, parts=IDX, url="https://ossci-datasets.s3.amazonaws.com/mnist/",
-        label_names="0 1 2 3 4 5 6 7 8 9".split(),
-        files=dict(zip(ZIPPED, ["f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
-                                "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"]))),
-    "fashion": dict(
-        res=28, channels=1, parts=IDX, url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        label_names="T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
-        files=dict(zip(ZIPPED, ["8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
-                                "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"]))),
-    "cifar10": dict(
-        res=32, channels=3, parts=ROWS, url="https://www.cs.toronto.edu/~kriz/",
-        label_names="airplane automobile bird cat deer dog frog horse ship truck".split(),
-        files={"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
-}
+def find_celeba(root):
+    """The first of CelebA's usual forms found under root: the aligned zip, its folder, or a CelebA-HQ folder."""
+    forms = ("img_align_celeba.zip", "img_align_celeba", "celeba_hq_256", "celeba_hq", "CelebA-HQ-img", "celebahq")
+    for folder in (root, root / "celeba", root / "CelebAMask-HQ"):
+        for form in forms:
+            if (folder / form).exists():
+                return folder / form
+    fail(f"CelebA is not there: looked in {root}/ for {', '.join(forms[:3])} and the like. Get {forms[0]} "
+         f"(1.3 GB) from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, put it into {root}/ as it is, and run "
+         f"this again (or name the folder it lies in: --root DIR)")
 
 
-def look(name, root):
-    """The paths of a dataset's files, unpacked or else as published, and what is missing: in root/NAME/ or below it,
-    or in root/ itself, if that is the dataset's own folder: MNIST and Fashion-MNIST call their files alike."""
-    for search in ((root / name).rglob, root.glob):
-        for wanted in (OFFICIAL[name]["parts"], OFFICIAL[name]["files"]):
-            found = {file: next(filter(Path.is_file, search(file)), None) for file in wanted}
-            if all(found.values()):
-                return list(found.values()), []
-    return [], [file for file in OFFICIAL[name]["files"] if not (root / name / file).exists()]
-
-
-def arrays_in(content):
-    """What a file holds, as arrays. MNIST's: two zeros, 8 for bytes, how many sizes, the sizes (big-endian, 4 bytes
-    each), the values. CIFAR-10's, pictures and labels: rows of a label and the red, the green and the blue plane."""
-    if content[:3] == b"\0\0\x08":
-        shape = np.frombuffer(content, ">u4", content[3], 4)
-        return [np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)]
-    rows = np.frombuffer(content, np.uint8).reshape(-1, 3073)
-    return [rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]]
-
-
-def read_official(name, paths, res):
-    """How many samples there are, and a stream of them; `split` decides anew which ones are held out."""
-    again = f"then get it anew: python train.py --data {name} --download"
-    arrays = []  # pictures, labels, pictures, labels, ...
-    for path in paths:
-        try:
-            if path.name.endswith(".tar.gz"):
-                with tarfile.open(path, "r:gz") as tar:
-                    inside = {file.name: tar.extractfile(file).read() for file in tar if ".bin" in file.name}
-                arrays += [array for part in sorted(inside) for array in arrays_in(inside[part])]
-            else:
-                arrays += arrays_in(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
-            if not len(arrays[-1]):
-                raise ValueError("empty")
-        except Exception as error:  # gzip, tarfile and numpy raise half a dozen kinds for a damaged file
-            refuse(f"{path} is cut short or damaged ({error}); delete it, {again}")
-    size = (28, 28) if channels(name) == 1 else (32, 32, 3)
-    if any(p.shape != (len(y), *size) or y.ndim != 1 or y.max() > 9 for p, y in zip(arrays[::2], arrays[1::2])):
-        refuse(f"{paths[0].parent}: pictures and labels do not belong together; delete them, {again}")
-    images, labels = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
-    resized = (np.asarray(Image.fromarray(p).resize((res, res), Image.Resampling.LANCZOS)) for p in images)
-    return len(images), zip(resized, labels)
-
-
-def download(name, root):
-    """Fetches what is missing into root/name. Only one process may at a time."""
-    (root / name).mkdir(parents=True, exist_ok=True)
-    for file in look(name, root)[1]:
-        fetch(OFFICIAL[name]["url"] + file, root / name / file, OFFICIAL[name]["files"][file])
-
-
-def fetch(url, path, md5):
-    """Downloads into PATH.part, going on where an earlier run stopped; the name changes when the MD5 is right."""
-    print(f"downloading {url} to {path}", flush=True)
-    part = path.with_name(path.name + ".part")
-    part.touch()
-    request = Request(url, headers={"Range": f"bytes={part.stat().st_size}-"})
-    advice = f"Run the same command again, or put the file into {path.parent}/ by hand"
-    try:
-        # 206 is the rest, as asked for; else the server sends all of it
-        with urlopen(request, timeout=30) as answer, open(part, "ab" if answer.status == 206 else "wb") as file:
-            total = file.tell() + int(answer.headers["Content-Length"] or 0)
-            while block := answer.read(2**21):
-                file.write(block)
-                print(f"  {file.tell() / 1e6:,.1f} of {total / 1e6:,.1f} MB", flush=True)
-            if file.tell() < total:
-                raise ConnectionError(f"the connection closed after {file.tell():,} of {total:,} bytes")
-    except Exception as error:  # no server, no such file, nonsense, silence
-        if getattr(error, "code", None) != 416:  # 416: nothing is missing, an earlier run stopped at the very end
-            refuse(f"could not download {url}: {str(error).strip()}. {advice}", status=1)
-    if hashlib.md5(part.read_bytes()).hexdigest() != md5:
-        part.unlink()
-        refuse(f"what {url} sent is not the published file (its MD5 is not {md5}) and was deleted. {advice}", status=1)
-    part.rename(path)
+def celeba_attributes(table, names):
+    """CelebA's 40 attributes from its list_attr_celeba.txt: their names, and (N, 40) of 0 and 1. The table has the
+    number of pictures in its first line, the names in its second, then a line a picture: file, and 1 or -1 each."""
+    lines = [line.split() for line in table.read_text(errors="replace").splitlines()]
+    attributes = lines[1] if len(lines) > 1 else []
+    rows = {}
+    for words in lines[2:]:
+        if attributes and len(words) == 1 + len(attributes):
+            rows[words[0]] = words[1:]
+    files = [name.rpartition("/")[2] for name in names]
+    missing = [file for file in files if file not in rows]
+    if missing:
+        fail(f"{table} says nothing of {missing[0]} (and {len(missing) - 1} others): get the whole file, or move it "
+             f"away to train without attributes")
+    values = np.array([rows[file] for file in files])
+    return attributes, (values == "1").astype(np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Packing. All streams yield (pixels, label), where pixels are uint8 numbers, res x res x C of them in that order.
-
-
-def stream_faces(res):
-    step = max(1, 2**16 // res**2)  # small enough to stay in cache, and so faster than threads
-    for i in range(0, FACES, step):
-        yield from zip(*draw_faces(range(i, min(i + step, FACES)), res))
-
-
-def stream_files(place, names, labels, res):
-    """Decodes in parallel (Pillow releases the GIL), in pieces, so that pictures do not pile up in memory."""
-    read = (lambda name: (place / name).read_bytes()) if place.is_dir() else zipfile.ZipFile(place).read
-    broken = []
-
-    def decode(name, label):
-        try:
-            return read_picture(io.BytesIO(read(name)), res), label
-        except Exception as error:  # whatever a broken file makes a decoder raise: it is skipped, and named
-            if getattr(error, "errno", None):
-                raise  # but one that could not be read now may be readable the next time
-            broken.append(f"{name} ({type(error).__name__}: {error})")
-
-    with ThreadPoolExecutor() as pool:
-        for i in range(0, len(names), 512):
-            yield from filter(None, pool.map(decode, names[i : i + 512], labels[i : i + 512]))
-    if broken:
-        print(f"skipped {len(broken)} of {len(names)} that could not be decoded:", *sorted(broken)[:10], sep="\n  ")
-
-
-def write_pack(pack, stream, n):
-    """Writes a stream of n to `pack`, raw bytes of one picture after another, and the labels to a .npy beside it.
-
-    Both are written in a folder of their own, and move when they are whole; the folder goes, unless the process is
-    killed outright.
-    """
-    labels, began = [], time.perf_counter()
-    pack.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="part-", dir=pack.parent) as own:
-        part = Path(own, "part")
-        with open(part, "wb") as file:  # no memory map: there a full disk kills, here it is an error
-            for done, (pixels, label) in enumerate(stream, 1):
-                file.write(pixels.tobytes())
-                labels.append(label)
-                if done % 2000 == 0 or done == n:
-                    print(f"  {done:,} of {n:,}  {done / (time.perf_counter() - began):,.0f} pictures/s", flush=True)
-        if not labels:
-            refuse(f"none of the {n:,} pictures could be decoded")
-        np.save(part.with_suffix(".npy"), np.array(labels, np.int64))
-        part.with_suffix(".npy").replace(pack.with_suffix(".npy"))
-        part.replace(pack)  # last: where the pictures are, the labels must be
-
-
-def usual_res(name):
-    return OFFICIAL[name]["res"] if name in OFFICIAL else 32
-
-
-def channels(name):
-    return OFFICIAL[name]["channels"] if name in OFFICIAL else 3
-
-
-def load(name, root="data", res=32):
-    """A dataset by name or path, packed on first use: (images, labels, label_names).
-
-    images: uint8 (N, res, res, C), memory-mapped, or points, float32 (N, 2). labels: int64 (N,), or multi-hot (N, K)
-    for attributes.
-    """
-    root = Path(root)
-    if not name:
-        refuse("--data needs a name or a path")
-    if name in POINTS:
-        return points(name, DOTS, seed=0).numpy(), np.zeros(DOTS, np.int64), []
-    if name in OFFICIAL:
-        about, (sources, missing) = OFFICIAL[name], look(name, root)
-        if missing:
-            refuse(f"{name} is not there: no {', '.join(missing)} (or unpacked) in {root / name}/. Type python "
-                   f"train.py --data {name} --root {root} --download, or get {about['url']}NAME, into that folder")
-        label_names, samples = about["label_names"], lambda: read_official(name, sources, res)
-    elif name == "faces":
-        label_names, samples = FACE_ATTRIBUTES, lambda: (FACES, stream_faces(res))
-        sources = [Path(__file__)]  # whoever changes the drawing sees the change
-    else:
-        place = find_celeba(root) if name == "celeba" else Path(name)
-        names, table = list_pictures(place), place.parent / "list_attr_celeba.txt"
-        sources = [place / p for p in names] if place.is_dir() else [place]
-        label_names, labels = np.unique([p.rpartition("/")[0] for p in names], return_inverse=True)
-        if name == "celeba" and table.exists():
-            label_names, labels = celeba_attributes(table, names)
-            sources.append(table)
-        samples = lambda: (len(names), stream_files(place, names, labels, res))
-    identity = [(str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
-    digest = hashlib.sha256(repr((identity, FACES, res, inspect.getsource(read_picture))).encode()).hexdigest()[:12]
-    pack = root / "cache" / f"{stem(name)}-{res}-{digest}.images"
-    if not pack.exists():
-        n, stream = samples()
-        print(f"packing {n:,} pictures of {name}, {n * res**2 * channels(name) / 1e9:.1f} GB, into {pack}", flush=True)
-        write_pack(pack, stream, n)
-    images = np.memmap(pack, mode="r").reshape(-1, res, res, channels(name))
-    return images, np.load(pack.with_suffix(".npy")), [str(label) for label in label_names]
-
-
-@functools.lru_cache(maxsize=4)
-def split(n):
-    """(training indices, held-out indices): a twentieth, at most 1,024, is held out, the same in every run."""
-    order = np.random.default_rng(key(0, SPLIT)).permutation(n)
-    held = min(1024, n // 20)
-    return np.sort(order[held:]), order[:held] if held else order
-
-
-def choose_labels(labels, label_names, cond):
-    """The labels to learn and their names. cond: "all", or some attributes by name, comma-separated, or "": none."""
-    if not cond:
-        return np.full(len(labels), -1), []
-    if len(label_names) < 2:
-        refuse(f"--cond {cond}: this dataset has no labels to learn (a folder's are its sub-folders, CelebA's come "
-               f"from list_attr_celeba.txt beside the pictures)")
-    if cond == "all":
-        return labels, label_names
-    chosen, attributes = cond.split(","), label_names if labels.ndim > 1 else []
-    for name in chosen:
-        if name not in attributes:
-            refuse(f"--cond {name}: for this dataset it can be {', '.join(['all', *attributes])}")
-    return labels[:, [attributes.index(name) for name in chosen]], chosen
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pixels in and out
-
-
-def send(array, device):
-    """An array as a tensor on the device; the CPU does not wait until a GPU has taken it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def to_tensor(pixels, device):
-    """uint8 (n, H, W, C) array -> float32 (n, C, H, W) tensor in [-1, 1]; it travels to the device as bytes. Points
-    stay what they are."""
-    x = send(pixels, device)
-    return x if x.dim() == 2 else x.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_uint8(x):
-    """Tensor in [-1, 1], (B, C, H, W) -> uint8 array (B, H, W, C)."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+# Pictures out
 
 
 def grid(pixels, columns=None):
-    """uint8 (n, H, W, C) as one PIL image, as square as it goes; small pictures are enlarged to be seen."""
+    """uint8 (n, H, W, C) as one PIL image, by default as square as it goes; small pictures are enlarged."""
     n, H, W, _ = pixels.shape
     columns = min(n, columns or int(np.ceil(np.sqrt(n))))
     rows, gap = -(-n // columns), max(1, H // 16)
     tiles = [Image.fromarray(p.squeeze()) for p in pixels]  # (H, W, 3), or (H, W) if grey
     sheet = Image.new(tiles[0].mode, (columns * (W + gap) + gap, rows * (H + gap) + gap), "white")
     for i, tile in enumerate(tiles):
-        sheet.paste(tile, (gap + i % columns * (W + gap), gap + i // columns * (H + gap)))
+        row, column = divmod(i, columns)
+        sheet.paste(tile, (gap + column * (W + gap), gap + row * (H + gap)))
     return ImageOps.scale(sheet, max(1, 72 // H), Image.Resampling.NEAREST)
 
 
-def scatter(p, limit=6.0, size=480):
-    """Points (n, 2) as a PIL image of the square [-limit, limit]^2, each a translucent dot."""
-    im = Image.new("RGB", (2 * size, 2 * size), "white")  # averaged down at the end, which smooths the dots
+def scatter(p):
+    """Points (n, 2) as a PIL image of the square [-6, 6]^2."""
+    return trails(p[:, None])
+
+
+def trails(lines, title=""):
+    """Lines through points, (n, k, 2), as a PIL image of the square [-6, 6]^2: each starts in an orange dot and ends in
+    a blue one. Lines that are not finite, or go far outside, are left out."""
+    limit, size = 6.0, 480
+    im = Image.new("RGB", (2 * size, 2 * size), "white")  # averaged down at the end, which smooths the edges
     draw = ImageDraw.Draw(im, "RGBA")
-    for x, y in p[np.abs(p).max(1) < 2 * limit] / limit * size:  # not far outside, infinite or NaN
-        draw.circle((size + x, size - y), 4, (40, 70, 160, 110))
+    near = np.abs(lines).max((1, 2)) < 2 * limit
+    corners = size + lines[near] * (1, -1) / limit * size  # y points down in a picture
+    if lines.shape[1] > 1:
+        for line in corners:
+            draw.line(line.ravel().tolist(), (100, 100, 100, 110), 2)
+        for line in corners:
+            draw.circle(line[0], 4, (230, 120, 30, 160))
+    for line in corners:
+        draw.circle(line[-1], 4, (40, 70, 160, 110))
+    draw.text((size, 24), title, "#444444", ImageFont.load_default(32), "mt")
     return im.reduce(2)
 
 
-def save_gif(path, frames):
+def save_gif(file, frames):
     """PIL images as an animation of three seconds that loops, holding the last frame for a while."""
     durations = [max(20, 3000 // len(frames))] * (len(frames) - 1) + [1500]  # milliseconds
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def plot(curves, xlabel):
@@ -621,7 +515,8 @@ def plot(curves, xlabel):
     im = Image.new("RGB", (1440, 840), "white")  # drawn at twice the size, too
     draw, font, grey = ImageDraw.Draw(im), ImageFont.load_default(24), "#444444"
     lines = [np.stack([x, np.log10(y)], 1) for x, y in curves.values()]  # (n, 2) each
-    low, high = np.concatenate(lines).min(0), np.concatenate(lines).max(0) + 1e-6
+    everything = np.concatenate(lines)
+    low, high = everything.min(0), everything.max(0) + 1e-6
 
     def place(p):
         """Where points (n, 2) lie in the picture; the axes meet at (120, 750)."""
@@ -632,26 +527,319 @@ def plot(curves, xlabel):
         draw.line([120, y, 1410, y], "#dddddd", 2)
         draw.text((108, y), f"{10 ** tick[1]:.3g}", grey, font, "rm")
         draw.text((x, 762), f"{tick[0]:,.0f}", grey, font, "mt")
-    for i, (name, line, colour) in enumerate(zip(curves, lines, ("#2846a0", "#e07020", "#208040", "#a02860"))):
-        draw.line(place(line).ravel().tolist(), colour, 4)
-        draw.text((1398, 42 + 34 * i), name, colour, font, "rt")
+    colours = ("#2846a0", "#e07020", "#208040", "#a02860")
+    for i, (name, line) in enumerate(zip(curves, lines)):
+        draw.line(place(line).ravel().tolist(), colours[i], 4)
+        draw.text((1398, 42 + 34 * i), name, colours[i], font, "rt")
     draw.text((720, 828), xlabel, grey, font, "mb")
     return im.reduce(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+def stream_faces(res):
+    at_once = max(1, 2**16 // res**2)  # few enough to stay in the processor's cache, which is faster than threads
+    for i in range(0, FACES, at_once):
+        yield from zip(*draw_faces(range(i, min(i + at_once, FACES)), res))
+
+
+def write_pack(pack, samples, n):
+    """Writes samples to `pack`, raw bytes of one picture after another, and the labels to a .npy beside it. n: how
+    many there will be, or None.
+
+    Both are written in a temporary folder and move when they are whole. The folder is deleted even if this fails,
+    unless the process is killed outright.
+    """
+    labels, began = [], time.perf_counter()
+    pack.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="part-", dir=pack.parent) as folder:
+        part = Path(folder, "part")
+        with open(part, "wb") as file:  # not a memory map: there, a full disk kills the process without a message
+            for pixels, label in samples:
+                file.write(pixels.tobytes())
+                labels.append(label)
+                if len(labels) % 2000 == 0:
+                    report_packing(len(labels), n, time.perf_counter() - began)
+        if not labels:
+            fail(f"none of the {n:,} pictures could be decoded")
+        np.save(part.with_suffix(".npy"), np.array(labels, np.int64))
+        part.with_suffix(".npy").replace(pack.with_suffix(".npy"))
+        part.replace(pack)  # the pictures last: a pack that exists has its labels
+    print(f"  {len(labels):,} pictures", flush=True)
+
+
+def report_packing(done, n, seconds):
+    rate = done / seconds
+    if n is None:
+        print(f"  {done:,} pictures  {rate:,.0f} pictures/s", flush=True)
+    else:
+        left = timedelta(seconds=round((n - done) / rate))
+        print(f"  {done:,} of {n:,}  {rate:,.0f} pictures/s  ETA {left}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# MNIST, Fashion-MNIST and CIFAR-10, from the files that their authors publish
+
+IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+BINARY = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+
+OFFICIAL = {  # files: what is published, with its MD5; unpacked: the files inside
+    "mnist": dict(
+        res=28, channels=1, unpacked=IDX, url="https://ossci-datasets.s3.amazonaws.com/mnist/",
+        label_names="0 1 2 3 4 5 6 7 8 9".split(),
+        files={"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+               "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+               "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+               "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}),
+    "fashion": dict(
+        res=28, channels=1, unpacked=IDX, url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        label_names="T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
+        files={"train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+               "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+               "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+               "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310"}),
+    "cifar10": dict(
+        res=32, channels=3, unpacked=BINARY, url="https://www.cs.toronto.edu/~kriz/",
+        label_names="airplane automobile bird cat deer dog frog horse ship truck".split(),
+        files={"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
+}
+
+
+def look(name, root):
+    """Returns (files, missing), one of which is empty: the dataset's files, unpacked or else as published, or the names
+    of the published files that are missing.
+
+    Looks in root/NAME and below it, then in root itself, in case that is the dataset's own folder. Not in other
+    folders: MNIST and Fashion-MNIST call their files alike.
+    """
+    about = OFFICIAL[name]
+    for candidates in ((root / name).rglob("*"), root.glob("*")):
+        by_name = {}
+        for file in candidates:
+            if file.is_file():
+                by_name.setdefault(file.name, file)
+        for wanted in (about["unpacked"], about["files"]):
+            if all(file in by_name for file in wanted):
+                return [by_name[file] for file in wanted], []
+    return [], [file for file in about["files"] if not (root / name / file).exists()]
+
+
+def find_official(name, root):
+    files, missing = look(name, root)
+    if missing:
+        fail(f"{name} is not there: no {', '.join(missing)} (or unpacked) in {root / name}/. Type python train.py "
+             f"--data {name} --root {root} --download, or get {OFFICIAL[name]['url']}NAME, into that folder")
+    return files
+
+
+def stream_official(name, files, res):
+    """All published samples, training and test; `split` decides anew which ones are held out."""
+    advice = f"then get it anew: python train.py --data {name} --download"
+    arrays = []  # pictures, labels, pictures, labels, ...
+    for file in files:
+        try:
+            arrays += arrays_in(file)
+            if len(arrays[-1]) == 0:
+                raise ValueError("empty")
+        except Exception as error:  # gzip, tarfile and numpy raise half a dozen kinds for a damaged file
+            fail(f"{file} is cut short or damaged ({error}); delete it, {advice}")
+    size = (28, 28) if channels(name) == 1 else (32, 32, 3)
+    for pictures, labels in zip(arrays[::2], arrays[1::2]):
+        if pictures.shape != (len(labels), *size) or labels.ndim != 1 or labels.max() > 9:
+            fail(f"{files[0].parent}: pictures and labels do not belong together; delete them, {advice}")
+    for pictures, labels in zip(arrays[::2], arrays[1::2]):
+        for picture, label in zip(pictures, labels):
+            resized = Image.fromarray(picture).resize((res, res), Image.Resampling.LANCZOS)
+            yield np.asarray(resized), label
+
+
+def arrays_in(file):
+    """The arrays in a file, unpacking it if need be."""
+    if file.name.endswith(".tar.gz"):
+        contents = {}
+        with tarfile.open(file, "r:gz") as archive:
+            for member in archive:
+                if member.name.endswith(".bin"):
+                    contents[member.name] = archive.extractfile(member).read()
+        arrays = []
+        for name in sorted(contents):
+            arrays += parse_official(contents[name])
+        return arrays
+    content = file.read_bytes()
+    return parse_official(gzip.decompress(content) if file.suffix == ".gz" else content)
+
+
+def parse_official(content):
+    """MNIST's format, one array: two zeros, 8 for bytes, the number of dimensions, their sizes (4 bytes each, the
+    highest first), the values. CIFAR-10's, pictures and labels: rows of a label and the red, green and blue planes."""
+    if content[:3] == b"\0\0\x08":
+        sizes = np.frombuffer(content, ">u4", count=content[3], offset=4)
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes))
+        return [values.reshape(sizes)]
+    rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+    pictures = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return [pictures, rows[:, 0]]
+
+
+def download(name, root):
+    """Fetches what is missing into root/name. Only one process may do so at a time."""
+    (root / name).mkdir(parents=True, exist_ok=True)
+    _, missing = look(name, root)
+    for file in missing:
+        fetch(OFFICIAL[name]["url"] + file, root / name / file, OFFICIAL[name]["files"][file])
+
+
+def fetch(url, file, md5):
+    """Downloads into FILE.part, going on where an earlier run stopped; its name changes once the MD5 is right."""
+    print(f"downloading {url} to {file}", flush=True)
+    part = file.with_name(file.name + ".part")
+    part.touch()
+    advice = f"Run the same command again, or put the file into {file.parent}/ by hand"
+    try:
+        fetch_rest(url, part)
+    except Exception as error:  # no server, no such file, nonsense, silence
+        fail(f"could not download {url}: {str(error).strip()}. {advice}", status=1)
+    if hashlib.md5(part.read_bytes()).hexdigest() != md5:
+        part.unlink()
+        fail(f"what {url} sent is not the published file (its MD5 is not {md5}) and was deleted. {advice}", status=1)
+    part.rename(file)
+
+
+def fetch_rest(url, part):
+    """Downloads what `part` still lacks."""
+    request = Request(url, headers={"Range": f"bytes={part.stat().st_size}-"})
+    try:
+        answer = urlopen(request, timeout=30)
+    except HTTPError as error:
+        if error.code == 416:  # there is nothing after the range's start: an earlier run got it all
+            return
+        raise
+    # 206 answers with the rest, as asked for; a server that ignores ranges sends all of it.
+    with answer, open(part, "ab" if answer.status == 206 else "wb") as out:
+        total = out.tell() + int(answer.headers["Content-Length"] or 0)
+        while True:
+            block = answer.read(2**21)
+            if not block:
+                break
+            out.write(block)
+            print(f"  {out.tell() / 1e6:,.1f} of {total / 1e6:,.1f} MB", flush=True)
+        if out.tell() < total:
+            raise ConnectionError(f"the connection closed after {out.tell():,} of {total:,} bytes")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The program
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Packs a dataset and draws a sheet of it.", allow_abbrev=False)
     parser.add_argument("--data", default="faces", help="a name (see README.md), or a folder or zip of pictures")
-    parser.add_argument("--res", type=between(int, 8, 10**4), help="pixels a side (32, or an official dataset's own)")
+    parser.add_argument("--res", type=number(int, 8, 10**4), help="pixels a side (32, or an official dataset's own)")
     parser.add_argument("--root", default="data", help="where datasets are looked for and packed arrays kept")
-    parser.error = refuse
+    parser.error = fail
     args = parser.parse_args(argv)
     res = args.res or usual_res(args.data)
-    to = folder(args.data, res) / "data.png"
-    check_writable(to)
+    to = run_folder(args.data, res) / "data.png"
+    make_folder_for(to)
     images, _, label_names = load(args.data, args.root, res)
-    (scatter(images[:2000]) if args.data in POINTS else grid(images[split(len(images))[1][:64]])).save(to)
+    if args.data in POINTS:
+        sheet = scatter(images[:2000])
+    else:
+        sheet = grid(images[split(len(images))[1][:64]])
+    sheet.save(to)
     print(f"{len(images):,} samples; labels: {', '.join(filter(None, label_names)) or 'none'}; wrote {to}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plumbing that every script needs: seeds, flags, ending with a message.
+
+# Every use of random numbers has a seed of its own, made from the user's seed (or a fixed one), one of these purposes,
+# and what else it depends on: the step and the process, or the sample. So nothing depends on the order of calls.
+ORDER, BATCH, HELD_OUT, SAMPLE, SPLIT, INPAINT, TRACE = range(7)
+
+
+def seed_from(*integers):
+    """Hashes integers into one 63-bit seed, for numpy's and torch's generators alike."""
+    return int(np.random.SeedSequence(integers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def number(kind, low=None, high=None):
+    """A type for argparse: a number of this kind (int or float) from low to high; by default from 1 for an int, from 0
+    for a float."""
+    if low is None:
+        low = 1 if kind is int else 0
+    if high is None:
+        high = 10**9 if kind is int else 1e38
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must lie between {low} and {high:g}")
+        return value
+
+    return parse
+
+
+def make_folder_for(file):
+    """Makes the folder in which `file` goes (or `file` itself, as a folder, if it has no ending). So what cannot be
+    written is refused before the work, not after it."""
+    if file.suffix and file.is_dir():
+        fail(f"cannot write {file}: there is a folder of that name")
+    folder = file.parent if file.suffix else file
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write {file}: {error}")
+
+
+def fail(message, status=2):
+    """Ends the program with one line and no traceback: status 2 for a mistake in its use, 1 for a failure."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+REMEDIES = {  # what torch and Triton say when something is missing, and what to do about it
+    "out of memory|can't allocate memory|not enough memory": "a smaller --batch needs less",
+    "No working C.. compiler|Failed to find C compiler|CalledProcessError|working triton": "--no-compile does without",
+}
+
+
+def run(main):
+    """Runs a program. Failures that are no mistake of the program (a full disk, no permission, too little memory) end
+    it with one line instead of a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid Unicode
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, exit_on_signal)
+    if sys.platform == "linux":
+        keep_freed_memory()
+    try:
+        main()
+    except (OSError, FloatingPointError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:
+        text = str(error) or "out of memory"
+        for words, remedy in REMEDIES.items():
+            line = re.search(f".*({words}).*", text)
+            if line:
+                fail(f"{line[0]}; {remedy}", status=1)
+        if isinstance(error, RuntimeError):
+            raise  # a mistake in the program
+        fail(text.partition("\n")[0], status=1)
+
+
+def exit_on_signal(signal_number, frame):
+    """Raises SystemExit, so that half-written files are removed on the way out."""
+    sys.exit(128 + signal_number)
+
+
+def keep_freed_memory():
+    """glibc's malloc returns large freed blocks to the system. The next tensor then pays for fresh ones, a page fault
+    for every 4 KiB: 6% of a CPU's step at --res 64. So we turn both ways of returning them off (see mallopt(3))."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_MAX, 0)
 
 
 if __name__ == "__main__":

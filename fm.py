@@ -1,6 +1,6 @@
-"""Flow matching, the mathematics: pure functions on tensors. Knows no network, file or flag.
+"""Flow matching, the mathematics: functions on tensors. Knows no network, file or flag.
 
-Letters, here and in every other file:
+Letters, wherever the flow is meant:
 
     x   clean data                        t   time: 0 is noise, 1 is data   (B,)
     e   noise, standard normal            z   noisy state, alpha(t) x + sigma(t) e
@@ -8,10 +8,10 @@ Letters, here and in every other file:
 
 Some papers run time the other way (t = 1 is noise). We never do.
 
-The whole idea: draw x and e, mix them into z, and regress the velocity v that carries z on towards x. A network
-that minimises this squared error learns the mean velocity of all paths through (z, t), and following that mean
-velocity from noise at t = 0 ends, at t = 1, in the distribution of the data (Lipman et al. 2022, arXiv 2210.02747;
-Liu et al. 2022, arXiv 2209.03003).
+The whole idea: draw x and e, mix them into z, and regress the velocity v that carries z on towards x. Many pairs
+(x, e) pass through the same z, so the network that minimises the squared error learns the mean of their velocities.
+Following that mean velocity from noise at t = 0 leads, at t = 1, to samples distributed like the data (Lipman et al.
+2022, arXiv 2210.02747; Liu et al. 2022, arXiv 2209.03003).
 """
 
 import math
@@ -21,30 +21,55 @@ import torch
 from scipy.integrate import RK45
 from scipy.optimize import linear_sum_assignment
 
-CLAMP = 0.05  # lower bound of a divisor that vanishes, so that the loss weight is bounded; for 1-t at 1/0.05^2 = 400
+# Lower bound for divisors that go to 0 at one end of time. It bounds the default loss's weight 1 / (1-t)^2 at 400.
+CLAMP = 0.05
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Paths: four numbers that say how data and noise are mixed at time t, and how fast each share changes.
+# Paths: how data and noise are mixed at time t. A path returns alpha, sigma and their derivatives.
 
 
 def linear(t):
-    """The straight path z = t x + (1-t) e, whose velocity x - e does not depend on t."""
+    """The straight path z = t x + (1-t) e. Its velocity x - e does not depend on t."""
     return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
 
 
 def cosine(t):
-    """A quarter circle: alpha^2 + sigma^2 = 1, so z keeps unit variance when x has it."""
-    a = math.pi / 2 * t
-    return torch.sin(a), torch.cos(a), math.pi / 2 * torch.cos(a), -math.pi / 2 * torch.sin(a)
+    """A quarter circle: alpha^2 + sigma^2 = 1, so z keeps unit variance if x has unit variance."""
+    angle = math.pi / 2 * t
+    alpha, sigma = torch.sin(angle), torch.cos(angle)
+    return alpha, sigma, math.pi / 2 * sigma, -math.pi / 2 * alpha
 
 
 PATHS = {"linear": linear, "cosine": cosine}
 
 
-def over_pixels(t, z):
-    """t of shape (B,) as (B, 1, 1, ...), to be multiplied with z."""
+def per_sample(t, z):
+    """t of shape (B,) as (B, 1, 1, ...), so that it multiplies z sample by sample."""
     return t.view(-1, *[1] * (z.dim() - 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loss.
+
+
+def loss(net, x, e, t, y=None, predict="x", target="v", path=linear, jitter=None):
+    """The flow matching loss of each sample, shape (B,). It is plain regression: training solves no ODE.
+
+    net(z, t, y) predicts `predict`, and the squared error is taken on `target`; each is one of "x", "e", "v". The
+    default, x and v, is Algorithm 1 of Li & He 2025 ("Back to Basics", arXiv 2511.13720). Natural pictures lie near a
+    low-dimensional surface, and noise and velocities do not: so a clean picture is the easiest thing to predict.
+    jitter: extra noise on the network's input only, shaped as z. It teaches the network to correct small errors in z.
+    """
+    alpha, sigma, d_alpha, d_sigma = path(per_sample(t, x))
+    z = alpha * x + sigma * e
+    truth = {"x": x, "e": e, "v": d_alpha * x + d_sigma * e}[predict]
+    prediction = net(z if jitter is None else z + jitter, t, y).to(z.dtype)
+    # Truth and prediction are turned into v (or whatever `target` says) alike. The division by 1-t in this is clamped,
+    # so near t = 1 not even the true x gives exactly x - e; but a perfect prediction has loss 0 at every t.
+    v = convert(truth, predict, target, z, t, path, CLAMP)
+    v_pred = convert(prediction, predict, target, z, t, path, CLAMP)
+    return (v - v_pred).square().flatten(1).mean(1)
 
 
 def convert(p, have, want, z, t, path=linear, clamp=0.0):
@@ -55,153 +80,199 @@ def convert(p, have, want, z, t, path=linear, clamp=0.0):
         z = alpha  x + sigma  e
         v = alpha' x + sigma' e          det = alpha' sigma - sigma' alpha        (1 on the straight path)
 
-    p: tensor shaped as z, a prediction of `have`; returns the same prediction as a `want`; both in "x", "e", "v".
-    clamp: lower bound of the divisor, where there is one that vanishes: sigma for have = "x" (at the data end),
-    alpha for have = "e" (at the noise end). A loss taken after such a division weighs the error of p by the square
-    of the factor in front of p: on the straight path x -> v weighs it by 1 / max(1-t, clamp)^2, e -> v by
-    1 / max(t, clamp)^2, v -> x by (1-t)^2, v -> e by t^2,
-    x -> e by (t / (1-t))^2, e -> x by the inverse of that.
+    p: tensor shaped as z, a prediction of `have`; returns it converted to `want`; both are one of "x", "e", "v".
+    clamp: lower bound of the divisor where it can be 0: sigma for have = "x" (0 at the data end), alpha for have =
+    "e" (0 at the noise end).
+
+    The factor in front of p, squared, is the weight that a loss on `want` gives to the error of p. On the straight
+    path:
+
+        x -> v   1 / max(1-t, clamp)^2        v -> x   (1-t)^2        x -> e   t^2 / max(1-t, clamp)^2
+        e -> v   1 / max(t, clamp)^2          v -> e   t^2            e -> x   (1-t)^2 / max(t, clamp)^2
     """
     if have == want:
         return p
-    alpha, sigma, d_alpha, d_sigma = path(over_pixels(t, z))
+    alpha, sigma, d_alpha, d_sigma = path(per_sample(t, z))
     det = d_alpha * sigma - d_sigma * alpha
     if have == "x":
-        sigma = sigma.clamp(min=clamp)
-        return (det * p + d_sigma * z) / sigma if want == "v" else (z - alpha * p) / sigma
+        divisor = sigma.clamp(min=clamp)
+        return (det * p + d_sigma * z) / divisor if want == "v" else (z - alpha * p) / divisor
     if have == "e":
-        alpha = alpha.clamp(min=clamp)
-        return (d_alpha * z - det * p) / alpha if want == "v" else (z - sigma * p) / alpha
+        divisor = alpha.clamp(min=clamp)
+        return (d_alpha * z - det * p) / divisor if want == "v" else (z - sigma * p) / divisor
     return (sigma * p - d_sigma * z) / det if want == "x" else (d_alpha * z - alpha * p) / det
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a training step draws: times, and which noise goes with which picture.
 
+LOGIT_STD = 0.8  # standard deviation of logit(t)
+
 
 def logit_normal_mean(res):
-    """Mean of logit(t) for pictures of res x res pixels: -0.8 at 256, lower (noisier) for larger ones.
+    """Mean of logit(t) for pictures of res x res pixels: -0.8 at 256 pixels, lower (noisier) for larger ones.
 
-    Neighbouring pixels repeat each other, so the same noise hides less of a larger picture; shifting logit(t) by
-    -log(res/256) gives every resolution the same signal-to-noise ratio after averaging down to a common size
-    (Hoogeboom et al. 2023, "Simple Diffusion", arXiv 2301.11093; -0.8 and 0.8: Li & He 2025, arXiv 2511.13720).
+    Averaging neighbouring pixels removes noise but hardly changes a picture, so large pictures need more noise to
+    hide the same content. On the straight path logit(t) = log(alpha / sigma). Shifting it by -log(res/256) gives all
+    resolutions the same signal-to-noise ratio once they are averaged down to a common size (Hoogeboom et al. 2023,
+    "Simple Diffusion", arXiv 2301.11093; -0.8 and the deviation 0.8: Li & He 2025, arXiv 2511.13720).
     """
     return -0.8 - math.log(res / 256)
 
 
-def sample_t(n, mean=None, std=0.8, cover=0.0, generator=None, device=None):
-    """n training times in (0, 1): sigmoid(mean + std * normal), or uniform if mean is None. cover: the share of the
-    former that is drawn uniformly instead, to be corrected by `importance`."""
-    if mean is None:
-        return torch.rand(n, generator=generator, device=device)
-    t = torch.sigmoid(mean + std * torch.randn(n, generator=generator, device=device))
+def logit_normal(n, mean, generator, device):
+    """sigmoid of a normal: most times lie near sigmoid(mean), and the two ends are rare."""
+    return torch.sigmoid(mean + LOGIT_STD * torch.randn(n, generator=generator, device=device))
+
+
+def logit_normal_density(t, mean):
+    t = t.clamp(1e-6, 1 - 1e-6)  # float32 can round a time to 0 or 1, where the formula is 0/0
+    normal = torch.exp(-(((torch.logit(t) - mean) / LOGIT_STD) ** 2) / 2) / (LOGIT_STD * math.sqrt(2 * math.pi))
+    return normal / (t * (1 - t))
+
+
+def uniform(n, mean, generator, device):
+    return torch.rand(n, generator=generator, device=device)
+
+
+def uniform_density(t, mean):
+    return torch.ones_like(t)
+
+
+# How times are drawn, and with what density. Uniform times have no mean to set, and ignore it.
+TIMES = {"logit-normal": (logit_normal, logit_normal_density), "uniform": (uniform, uniform_density)}
+
+
+def sample_t(n, times="logit-normal", mean=0.0, cover=0.0, generator=None, device=None):
+    """n training times in [0, 1]. A fraction `cover` of them is drawn uniformly; `importance` corrects the loss."""
+    draw, _ = TIMES[times]
+    t = draw(n, mean, generator, device)
     if cover:
-        fair = torch.rand(2, n, generator=generator, device=device)
-        t = torch.where(fair[0] < cover, fair[1], t)
+        coin, uniform_t = torch.rand(2, n, generator=generator, device=device)
+        t = torch.where(coin < cover, uniform_t, t)
     return t
 
 
-def importance(t, mean, cover, std=0.8):
-    """p(t) / q(t), where p is the logit-normal density and q = (1 - cover) p + cover what was drawn from: the weight
-    under which the mean loss stays what it was, while rare times are seen more often and each counts less."""
-    t = t.clamp(1e-6, 1 - 1e-6)  # 0 and 1, to which a time can be rounded, would give 0/0
-    p = torch.exp(-(((torch.logit(t) - mean) / std) ** 2) / 2) / (std * math.sqrt(2 * math.pi) * t * (1 - t))
+def importance(t, times, mean, cover):
+    """The weights p(t) / q(t) for times drawn from q(t) = (1 - cover) p(t) + cover * 1 instead of p, where 1 is the
+    uniform density. They leave the expected loss as it was: rare times are seen more often, and count less each."""
+    _, density = TIMES[times]
+    p = density(t, mean)
     return p / ((1 - cover) * p + cover)
 
 
 def ot_pair(x, e, block=None):
-    """Optimal-transport coupling in a batch: returns e permuted so that the summed |x - e|^2 is least.
+    """Optimal-transport coupling within a batch: returns e permuted so that the sum of |x - e|^2 is least.
 
-    Random pairs cross, and where paths cross the network can only learn the mean of their directions. Nearest
-    pairs do not: paths straighten and a few Euler steps suffice (Tong et al. 2023, arXiv 2302.00482; Pooladian
-    et al. 2023, arXiv 2304.14772). Only the noise moves, so x and its labels keep their order, and every e is used
-    exactly once, so the noise stays standard normal. The assignment costs O(n^3): `block` solves it in groups
-    of that many.
+    With random pairs paths cross, and where they cross the network can only learn the mean of their directions.
+    Optimal pairs hardly cross: paths become nearly straight, and a few Euler steps suffice (Tong et al. 2023, arXiv
+    2302.00482; Pooladian et al. 2023, arXiv 2304.14772). Only the noise is permuted, so x and its labels keep their
+    order. Every e is used exactly once, so the noise stays standard normal.
+    block: solve the assignment, which costs O(n^3), in groups of this many samples. Raises ValueError if x or e is
+    not finite.
 
-    With labels: pairs are made before labels are hidden and regardless of them. So noise and label are no longer
-    independent: over the whole batch e is standard normal, but a label's own pictures take the noises near them, while
-    the sampler gives every label all of the noise. The flow of a label then starts from more than it was trained on;
-    guidance and few labels make it visible. Drop --ot where labels matter.
+    With labels, take care. Pairs ignore labels, so a label's pictures train with the noises nearest to them, not with
+    all of the noise. At sampling that label meets noise it seldom trained with, most visibly under guidance.
     """
     # |x - e|^2 = |x|^2 + |e|^2 - 2 x.e, and the first two sums are the same for every pairing.
-    gain = (x.flatten(1) @ e.flatten(1).T).cpu().double().numpy()
-    if not np.isfinite(gain).all():
+    products = (x.flatten(1) @ e.flatten(1).T).cpu().double().numpy()
+    if not np.isfinite(products).all():
         raise ValueError("ot_pair: x and e must be finite, found NaN or infinity")
     block = block or len(x)
-    order = [i + linear_sum_assignment(gain[i : i + block, i : i + block], maximize=True)[1]
-             for i in range(0, len(x), block)]
-    return e[torch.from_numpy(np.concatenate(order)).to(e.device)]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The loss.
-
-
-def loss(net, x, e, t, y=None, predict="x", space="v", path=linear, jitter=None):
-    """Flow matching loss of each sample, shape (B,): a plain regression, no ODE is solved in training.
-
-    net(z, t, y) predicts `predict`; the squared error is taken in `space`; both are one of "x", "e", "v".
-    jitter: noise on z alone, shaped as z, which makes the network forgive a state that is a little off its path.
-    The default, x and v, is Algorithm 1 of Li & He 2025 ("Back to Basics", arXiv 2511.13720): natural pictures lie
-    near a low-dimensional surface, noise and velocity do not, and only the former is easy for a network to say.
-    """
-    alpha, sigma, d_alpha, d_sigma = path(over_pixels(t, x))
-    z = alpha * x + sigma * e
-    v = d_alpha * x + d_sigma * e
-    truth = {"x": x, "e": e, "v": v}[predict]
-    guess = net(z if jitter is None else z + jitter, t, y).to(z.dtype)
-    # convert is linear in (p, z): convert(guess, z) - convert(truth, z) = convert(guess - truth, 0).
-    error = convert(guess - truth, predict, space, torch.zeros_like(z), t, path, CLAMP)
-    return error.square().flatten(1).mean(1)
+    order = []
+    for start in range(0, len(x), block):
+        group = slice(start, start + block)
+        _, partners = linear_sum_assignment(products[group, group], maximize=True)
+        order.extend(start + partners)
+    return e[torch.tensor(order, device=e.device)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Sampling: follow dz/dt = v(z, t) from noise to data.
 
 
-def velocity(net, predict="x", path=linear, y=None, guidance=1.0, interval=(0.1, 1.0), clamped=False):
-    """The network's prediction as a velocity field v(z, t) for `solve`; t is a float.
+def velocity(net, predict="x", path=linear, y=None, y_null=None, guidance=1.0, interval=(0.1, 1.0), clamp=None):
+    """The network's velocity field v(z, t), with t a float, for `solve`.
 
-    The training clamp must not come along for x-prediction: with 50 steps the last one would divide by 0.05 where
-    1-t is 0.02, go only 40% of the way to the predicted picture, and leave the rest of the noise in it. Unclamped,
-    the last Euler step is z + (1-t) (x_pred - z) / (1-t) = x_pred (on the cosine path nearly so, if steps are many).
-    At t = 1 that is 0/0: see `solve`. For e-prediction the divisor alpha = t vanishes at the very first step, where
-    nothing is known of x yet, and there the clamp stays, at the cost of too slow a start. clamped: keeps it always.
+    Guidance w is classifier-free (Ho & Salimans 2022, arXiv 2207.12598): v_null + w (v_y - v_null), for t within the
+    interval only (Kynkäänniemi et al. 2024, arXiv 2404.07724). y_null: y with all labels hidden. With w = 1, and
+    outside the interval, it costs nothing; within, the network sees each z twice, with y and with y_null.
 
-    guidance w: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), v_null + w (v_y - v_null), for t in
-    the interval only (Kynkaanniemi et al. 2024, arXiv 2404.07724); w = 1 and times outside cost nothing extra.
+    clamp: as in `convert`. The default suits sampling:
+    - x-prediction: none. At 50 steps, training's clamp would let the last step divide by 0.05 where 1-t is 0.02: it
+      would go only 40% of the way to the predicted picture, and leave noise. Unclamped, the last Euler step ends at
+      z + (1-t) (x_pred - z) / (1-t) = x_pred. (On the cosine path it ends near x_pred, and nearer with more steps.)
+    - e-prediction: training's. Its divisor alpha is 0 at the first step. This costs a little: with a perfect
+      e-prediction, data from N(2, 0.5^2) come out with mean 1.974 and standard deviation 0.513, however fine the steps.
     """
-    clamp = CLAMP if clamped or predict != "x" else 0.0
-
-    def field(z, t, y):
-        t = torch.full((len(z),), t, dtype=z.dtype, device=z.device)
-        return convert(net(z, t, y).to(z.dtype), predict, "v", z, t, path, clamp)
+    if clamp is None:
+        clamp = 0.0 if predict == "x" else CLAMP
 
     def v(z, t):
-        if y is None or guidance == 1 or not interval[0] <= t <= interval[1]:
-            return field(z, t, y)
-        null = torch.full_like(y, -1)
-        v_y, v_null = field(torch.cat([z, z]), t, torch.cat([y, null])).chunk(2)  # one batch for both
-        return v_null + guidance * (v_y - v_null)
+        guided = guidance != 1 and interval[0] <= t <= interval[1]
+        inputs, labels = z, y
+        if guided:  # both halves in one batch
+            inputs, labels = torch.cat([z, z]), torch.cat([y, y_null])
+        times = torch.full((len(inputs),), t, dtype=z.dtype, device=z.device)
+        prediction = net(inputs, times, labels).to(z.dtype)
+        result = convert(prediction, predict, "v", inputs, times, path, clamp)
+        if guided:
+            v_y, v_null = result.chunk(2)
+            return v_null + guidance * (v_y - v_null)
+        return result
 
     return v
 
 
+@torch.no_grad()
+def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
+    """Integrates dz/dt = v(z, t) along the times ts (floats, in either direction). Returns z and the NFE, the number
+    of evaluations of v.
+
+    end_euler: take the last step by Euler's rule, which never evaluates v at the end. Needed from noise to data when
+    the network predicts x and nothing is clamped: its velocity (x_pred - z) / (1-t) divides by 0 at t = 1.
+    states: a list that receives the state after each of these steps.
+    tol: for dopri5, which takes its own steps between the times.
+    """
+    ts, nfe = list(ts), 0
+    if solver == "dopri5" and end_euler:
+        # There may be just one interval, [0, 1], far too long for an Euler step: dopri5 goes all but its last
+        # thousandth, and Euler the rest.
+        before, end = ts[-2:]
+        ts.insert(-1, end - 1e-3 * (end - before))
+    for t, s in zip(ts, ts[1:]):
+        if end_euler and s == ts[-1]:
+            z = euler(v, z, t, s)
+            nfe += 1
+        elif solver == "dopri5":
+            z, evaluations = dopri5(v, z, t, s, tol)
+            nfe += evaluations
+        else:
+            step, evaluations = FIXED_STEP[solver]
+            z = step(v, z, t, s)
+            nfe += evaluations
+        if states is not None:
+            states.append(z)
+    return z, nfe
+
+
 def euler(v, z, t, s):
-    """One step from time t to time s: the definition of the derivative, read backwards. Order 1."""
+    """One step from time t to time s along the velocity at t. Order 1: half the step, half the error."""
     return z + (s - t) * v(z, t)
 
 
 def heun(v, z, t, s):
     """The mean of the velocities at both ends of an Euler step. Order 2."""
-    k = v(z, t)
-    return z + (s - t) / 2 * (k + v(z + (s - t) * k, s))
+    k1 = v(z, t)
+    k2 = v(z + (s - t) * k1, s)
+    return z + (s - t) / 2 * (k1 + k2)
 
 
 def midpoint(v, z, t, s):
     """The velocity in the middle of an Euler step. Order 2."""
     middle = (t + s) / 2
-    return z + (s - t) * v(z + (middle - t) * v(z, t), middle)
+    z_middle = z + (middle - t) * v(z, t)
+    return z + (s - t) * v(z_middle, middle)
 
 
 def rk4(v, z, t, s):
@@ -215,70 +286,60 @@ def rk4(v, z, t, s):
 
 
 def dopri5(v, z, t, s, tol):
-    """From t to s in steps of its own, as long as the error estimate stays below tol (1 + |z|), root mean square over
-    the batch (Dormand & Prince 1980), by scipy: its arithmetic is in float64 on the CPU. Order 5."""
-    numbers = lambda z: z.flatten().cpu().numpy()
-    tensor = lambda y: torch.tensor(y, dtype=z.dtype, device=z.device).view_as(z)
-    ode = RK45(lambda t, y: numbers(v(tensor(y), t)), t, numbers(z), s, rtol=tol, atol=tol, first_step=abs(s - t) / 10)
+    """From t to s in steps that adapt: each keeps the estimated error below tol (1 + |z|), as a root mean square over
+    the whole batch (Dormand & Prince 1980). Order 5. scipy does it, in float64 on the CPU. Returns z and the NFE."""
+
+    def flat_velocity(time, flat):
+        state = torch.tensor(flat, dtype=z.dtype, device=z.device).view_as(z)
+        return v(state, time).flatten().cpu().numpy()
+
+    start = z.flatten().cpu().numpy()
+    ode = RK45(flat_velocity, t, start, s, rtol=tol, atol=tol, first_step=abs(s - t) / 10)
     while ode.status == "running":
         ode.step()
     if ode.status == "failed":
         raise FloatingPointError(f"dopri5: no step is short enough at t = {ode.t:.6f} for tol = {tol}")
-    return tensor(ode.y)
+    return torch.tensor(ode.y, dtype=z.dtype, device=z.device).view_as(z), ode.nfev
 
 
-SOLVERS = {"euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4, "dopri5": dopri5}
-
-
-@torch.no_grad()
-def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
-    """Integrates dz/dt = v(z, t) along the time grid ts (floats, either direction); returns (z, NFE).
-
-    end_euler: take the last step by Euler's rule. Needed when the network predicts x, since its velocity
-    (x_pred - z) / (1-t) is 0/0 at t = 1; Euler never looks there (on the way from noise to data).
-    states: a list that receives the state after each step of the grid. NFE: number of evaluations of v.
-    tol: dopri5's, which takes its own steps between the grid's times.
-    """
-    if solver == "dopri5" and end_euler:  # which chose its steps; only a thousandth of the last is left to Euler
-        ts = [*ts[:-1], ts[-1] - 1e-3 * (ts[-1] - ts[-2]), ts[-1]]
-    times = []  # at which v was evaluated
-    counted = lambda z, t: times.append(t) or v(z, t)
-    for t, s in zip(ts, ts[1:]):
-        name = "euler" if end_euler and s == ts[-1] else solver
-        z = SOLVERS[name](counted, z, t, s, **({"tol": tol} if name == "dopri5" else {}))
-        if states is not None:
-            states.append(z)
-    return z, len(times)
-
-
-def inpaint(v, z, x, hole, noise, ts, path=linear, solver="heun", end_euler=False, states=None, tol=1e-4, repeats=5):
-    """Fills the hole in a picture; returns (the picture, NFE). hole: bool, True where to fill. noise(): a new e.
-
-    What is known of z at any time is x mixed with noise, so after each step that part is replaced by just this, and
-    the network continues the rest to fit. The last step ends at t = 1, where the known part is x itself, exactly. But
-    a step sees of x only what the noise lets through, and early choices in the hole may not suit it. So each
-    step is taken `repeats` times: the result goes back to the time before, with new noise, and the hole gets another
-    chance to agree with its surroundings (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, for stochastic diffusion).
-    """
-    nfe = 0
-    for t, s in zip(ts, ts[1:]):
-        (alpha, sigma), (alpha_s, sigma_s) = (path(torch.tensor(time, dtype=z.dtype))[:2] for time in (t, s))
-        for turn in range(repeats):
-            if turn > 0:  # from s back to t: less of what is there, and the noise that this takes
-                share = alpha / alpha_s
-                z = share * z + (sigma**2 - (share * sigma_s) ** 2).sqrt() * noise().to(z)
-            z, n = solve(v, z, [t, s], solver, end_euler and s == ts[-1], tol=tol)
-            z = torch.where(hole, z, alpha_s * x + sigma_s * noise().to(z))
-            nfe += n
-        if states is not None:
-            states.append(z)
-    return z, nfe
+FIXED_STEP = {"euler": (euler, 1), "heun": (heun, 2), "midpoint": (midpoint, 2), "rk4": (rk4, 4)}  # step, evaluations
+SOLVERS = [*FIXED_STEP, "dopri5"]
 
 
 def time_grid(steps, shift=1.0):
-    """steps + 1 times from 0 (noise) to 1 (data); equally spaced, or with shift > 1 denser near the noise: t / (t +
-    shift (1-t)), which divides the odds t / (1-t) by shift (Esser et al. 2024, arXiv 2403.03206, 5.3.2)."""
+    """steps + 1 times from 0 (noise) to 1 (data), equally spaced. A shift above 1 makes steps smaller near
+    the noise: it divides the odds t / (1-t) (Esser et al. 2024, arXiv 2403.03206, section 5.3.2)."""
     return [i / (i + shift * (steps - i)) for i in range(steps + 1)]
+
+
+def inpaint(v, z, x, hole, new_noise, ts, path=linear, solver="heun", end_euler=False, states=None, tol=1e-4,
+            repeats=5):
+    """Fills a hole in the picture x. Returns the picture and the NFE. hole: bool, True where to fill. new_noise():
+    a new e, shaped as z.
+
+    What z is at time t is known outside the hole: x mixed with noise. So after each step that part is replaced, and
+    the network continues the rest to fit. At t = 1 the known part is x itself (to 1e-7 on the cosine path). But at
+    noisy times little of x can be seen, so early choices in the hole may not match their surroundings.
+    Therefore each step is taken `repeats` times: the result goes back to the time before, with new noise, and the hole
+    gets another chance (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, who did it for diffusion).
+    """
+    nfe = 0
+    for t, s in zip(ts, ts[1:]):
+        alpha_t, sigma_t, _, _ = path(torch.tensor(t, dtype=z.dtype))
+        alpha_s, sigma_s, _, _ = path(torch.tensor(s, dtype=z.dtype))
+        for turn in range(repeats):
+            if turn > 0:
+                # Back from s to t: scale z so that it holds alpha_t x; its noise is then scale * sigma_s, and new noise
+                # brings it up to sigma_t.
+                scale = alpha_t / alpha_s
+                missing = (sigma_t**2 - (scale * sigma_s) ** 2).sqrt()
+                z = scale * z + missing * new_noise()
+            z, evaluations = solve(v, z, [t, s], solver, end_euler and s == ts[-1], tol=tol)
+            nfe += evaluations
+            z = torch.where(hole, z, alpha_s * x + sigma_s * new_noise())
+        if states is not None:
+            states.append(z)
+    return z, nfe
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -286,33 +347,43 @@ def time_grid(steps, shift=1.0):
 
 
 def log_likelihood(v, x, ts, solver="rk4", probe=None):
-    """log p(x) of each sample in nats, (B,), and the NFE: solves z from data back to noise together with
+    """log p(x) of each sample in nats, (B,), and the NFE. It solves z from data back to noise together with
 
         d log p(z_t) / dt = - trace(dv/dz)        so log p(x) = log N(e; 0, 1) - integral of the trace over [0, 1]
 
-    ts: time grid from data (about 1) down to noise (0). probe: random signs shaped as x, kept for the whole solve, for
-    Hutchinson's unbiased estimate probe . dv/dz probe of the trace (Grathwohl et al. 2018, arXiv 1810.01367); or None:
-    the sum over all d unit vectors in its place is the exact trace, in d backward passes per evaluation.
+    ts: times from data (1) down to noise (0). probe: random signs shaped as x, the same for the whole solve, for
+    Hutchinson's unbiased estimate of the trace, probe^T (dv/dz) probe (Grathwohl et al. 2018, arXiv 1810.01367). None:
+    the exact trace, a sum over all d unit vectors, in d backward passes per evaluation.
     """
     d = x[0].numel()
-    probes = [probe] if probe is not None else torch.eye(d).to(x).view(d, 1, *x.shape[1:]).expand(d, *x.shape)
+    if probe is None:
+        unit_vectors = torch.eye(d).to(x).view(d, 1, *x.shape[1:])
+        probes = [vector.expand_as(x) for vector in unit_vectors]
+    else:
+        probes = [probe]
 
-    def with_trace(state, t):
+    def velocity_and_trace(state, t):
         z = state[:, :d].reshape(x.shape)
         with torch.enable_grad():
             z.requires_grad_()
             out = v(z, t)
-        trace = sum((torch.autograd.grad(out, z, p, retain_graph=True)[0] * p).flatten(1).sum(1) for p in probes)
+        trace = 0
+        for p in probes:
+            (gradient,) = torch.autograd.grad(out, z, p, retain_graph=True)
+            trace = trace + (gradient * p).flatten(1).sum(1)
         return torch.cat([out.detach().flatten(1), trace[:, None]], dim=1)
 
-    end, nfe = solve(with_trace, torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1), ts, solver)
-    normal = -(end[:, :d].square().sum(1) + d * math.log(2 * math.pi)) / 2
-    return normal + end[:, d], nfe  # integrated from 1 down to 0, the trace comes with the minus sign already
+    start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
+    end, nfe = solve(velocity_and_trace, start, ts, solver)
+    e, integral = end[:, :d], end[:, d]  # from 1 down to 0, so the integral has its minus sign already
+    log_normal = -(e.square().sum(1) + d * math.log(2 * math.pi)) / 2
+    return log_normal + integral, nfe
 
 
 def bits_per_dimension(log_p, d):
-    """Of pixels: bytes b became (b + u) / 128 - 1 with u uniform in [0, 1), and that scaling costs 7 bits each."""
-    return -log_p / (d * math.log(2)) + 7
+    """From nats of x in [-1, 1] to bits per byte. One grey level is 2 / 255 wide, and density times width is a
+    probability. (With noise spread over that width, an upper bound on the bits: uniform dequantisation.)"""
+    return -log_p / (d * math.log(2)) + math.log2(255 / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -320,10 +391,10 @@ def bits_per_dimension(log_p, d):
 
 
 def w2(a, b):
-    """2-Wasserstein distance between two point clouds of n points each, exact, by assignment. O(n^3); twice as fast
-    if a is the one that is spread out more. Infinite if a point is not finite."""
+    """The exact 2-Wasserstein distance between two clouds of n points, by assignment in O(n^3). Infinite if a point is
+    not finite."""
     cost = torch.cdist(a.flatten(1).cpu().double(), b.flatten(1).cpu().double()).square().numpy()
     if not np.isfinite(cost).all():
         return math.inf
-    i, j = linear_sum_assignment(cost)
-    return float(np.sqrt(cost[i, j].mean()))
+    rows, columns = linear_sum_assignment(cost)
+    return float(np.sqrt(cost[rows, columns].mean()))

@@ -1,6 +1,6 @@
-"""The networks, every part by hand. All take (z, t, y=None) and return a tensor shaped as z.
+"""The networks, written out from torch's basic layers. All take (z, t, y=None) and return a tensor shaped as z.
 
-What the output means (x, e or v) is decided in fm.py; here it is only numbers. Shapes in the right-hand column:
+What the output means (x, e or v) is decided in fm.py; here it is only numbers. Shapes are in the comments:
 B batch, N tokens, D width, H heads, d = D/H, P = C * patch^2 numbers in a patch.
 """
 
@@ -12,43 +12,55 @@ import torch.nn.functional as F
 
 
 def zeroed(layer):
-    """The layer with all weights 0: what it adds to the network is nothing at the start."""
+    """The layer with all its weights 0, so that at the start it adds nothing."""
     for w in layer.parameters():
         nn.init.zeros_(w)
     return layer
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Time
+# Time and labels
 
 
 def sinusoidal(t, dim, max_period=10000.0):
-    """(B,) -> (B, dim): sines and cosines of t at geometrically spaced frequencies (Vaswani et al. 2017, 3.5).
-
-    t in [0, 1] is stretched by 1000, so that the fastest wave turns many times over the unit interval.
-    """
+    """(B,) -> (B, dim): cosines and sines of t at geometrically spaced frequencies (Vaswani et al. 2017, arXiv
+    1706.03762, section 3.5). t in [0, 1] is multiplied by 1000, so that the fastest wave tells nearby times apart."""
     frequency = torch.exp(-math.log(max_period) / (dim // 2) * torch.arange(dim // 2, device=t.device))
-    angle = 1000 * t.float()[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    angle = 1000 * t.float()[:, None] * frequency  # (B, dim/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, dim)
 
 
 class Labels(nn.Module):
-    """Label(s) -> a vector to add to time's: a learned row for each label, and one for "no label", y = -1."""
+    """Labels -> a vector to add to the time's: a learned row for each label, and one more for "no label given".
+
+    y: classes (B,), or attributes (B, K) of 0 and 1, of which several may hold at once; or None: no label given. In a
+    batch that mixes samples with and without labels, those without have y = HIDDEN.
+    """
+
+    HIDDEN = -1  # as an index, the last row
 
     def __init__(self, labels, dim):
         super().__init__()
-        # About as large as time's vector varies. With rows of 0.02, training took long to notice the labels at all.
+        # A deviation of 0.2 is about the time vector's. With 0.02, labels have no effect for most of a short run.
         self.rows = nn.Parameter(0.2 * torch.randn(labels + 1, dim)) if labels else None
 
     def forward(self, y):
         if self.rows is None:
             return 0
+        null = self.rows[self.HIDDEN]  # (D,), the last row
         if y is None:
-            return self.rows[-1]
+            return null
         if y.dim() == 1:
-            return self.rows[y]  # -1 is the last row
-        some = (y >= 0).all(1, keepdim=True)  # (B, 1); multi-hot y are (B, K), all -1 where there is no label
-        return torch.where(some, y.to(self.rows.dtype) @ self.rows[:-1], self.rows[-1])  # (B, D)
+            return self.rows[y]  # (B, D)
+        hidden = (y == self.HIDDEN).all(dim=1, keepdim=True)  # (B, 1)
+        return torch.where(hidden, null, y.to(null.dtype) @ self.rows[:-1])  # (B, D)
+
+
+def hide(y, where):
+    """The labels y with those of some samples hidden; where: bool, (B,)."""
+    y = y.clone()
+    y[where] = Labels.HIDDEN
+    return y
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -56,15 +68,17 @@ class Labels(nn.Module):
 
 
 class MLP(nn.Module):
-    """[z, t] -> as z. Time is one more input number."""
+    """Time is one more input number."""
 
     def __init__(self, dim=2, width=64, depth=3):
         super().__init__()
-        hidden = [layer for _ in range(depth - 1) for layer in (nn.Linear(width, width), nn.SiLU())]
-        self.net = nn.Sequential(nn.Linear(dim + 1, width), nn.SiLU(), *hidden, nn.Linear(width, dim))
+        layers = [nn.Linear(dim + 1, width), nn.SiLU()]
+        for _ in range(depth - 1):
+            layers += [nn.Linear(width, width), nn.SiLU()]
+        self.net = nn.Sequential(*layers, nn.Linear(width, dim))
 
     def forward(self, z, t, y=None):
-        return self.net(torch.cat([z, t[:, None]], dim=1))
+        return self.net(torch.cat([z, t[:, None]], dim=1))  # (B, dim + 1) -> (B, dim)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -72,18 +86,21 @@ class MLP(nn.Module):
 
 
 def strides_that_fit(res, patch):
-    """Strides that tile res exactly with patches, gaps excluded."""
-    return [s for s in range(1, patch + 1) if patch <= res and (res - patch) % s == 0]
+    """The strides with which patches tile a picture exactly, without gaps."""
+    if patch > res:
+        return []
+    return [stride for stride in range(1, patch + 1) if (res - patch) % stride == 0]
 
 
 def check_stride(res, patch, stride):
     """Raises ValueError, naming the nearest strides that fit, unless patches at this stride tile the picture."""
     fitting = strides_that_fit(res, patch)
-    if stride not in fitting:
-        near = sorted(sorted(fitting, key=lambda s: abs(s - stride))[:2])
-        raise ValueError(f"stride {stride} does not fit patch {patch} at res {res}: patch is at most res, stride at "
-                         f"most patch, and res - patch a multiple of stride; nearest that fit: "
-                         f"{', '.join(map(str, near)) or 'none'}")
+    if stride in fitting:
+        return
+    fitting.sort(key=lambda other: abs(other - stride))
+    nearest = ", ".join(str(other) for other in sorted(fitting[:2])) or "none"
+    raise ValueError(f"stride {stride} does not fit patch {patch} at res {res}: patch is at most res, stride at most "
+                     f"patch, and res - patch a multiple of stride; nearest that fit: {nearest}")
 
 
 def patchify(z, patch, stride):
@@ -94,12 +111,13 @@ def patchify(z, patch, stride):
 def unpatchify(patches, res, patch, stride):
     """Puts patches back, averaging where they overlap.
 
-    fold adds up what overlaps, so a pixel covered four times would come out four times as bright: hence the
-    division by the normalisation mask, the fold of ones, which says how many patches cover each pixel.
+    fold adds up what overlaps: a pixel covered by four patches would come out four times as bright. So the sum is
+    divided by the normalisation mask, the fold of ones, which counts the patches over each pixel.
     """
-    ones = torch.ones_like(patches[:1, :, : patch**2])  # as of one picture with one channel
-    total, mask = (F.fold(p.transpose(1, 2), res, patch, stride=stride) for p in (patches, ones))
-    return total / mask  # (B, C, H, W) / (1, 1, H, W)
+    total = F.fold(patches.transpose(1, 2), res, patch, stride=stride)  # (B, N, P) -> (B, C, H, W)
+    ones = torch.ones_like(patches[:1, :, : patch**2])  # (1, N, patch^2): one picture of one channel
+    mask = F.fold(ones.transpose(1, 2), res, patch, stride=stride)  # (1, 1, H, W)
+    return total / mask  # (B, C, H, W)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -108,59 +126,63 @@ def unpatchify(patches, res, patch, stride):
 
 def angles(side, dim, base):
     """Row and column of each token, centred on 0, times dim / 4 frequencies from 1 down to almost 1 / base."""
-    r = torch.arange(side) - (side - 1) / 2
+    place = torch.arange(side) - (side - 1) / 2
     frequency = base ** -(torch.arange(dim // 4) / (dim // 4))
-    return torch.cartesian_prod(r, r)[:, :, None] * frequency  # (N, 2, dim/4)
+    return torch.cartesian_prod(place, place)[:, :, None] * frequency  # (N, 2, dim/4)
 
 
 def position_table(side, dim):
-    """Fixed sine-cosine embedding of (row, column), added to the tokens once: a quarter of the width per wave."""
+    """Fixed sine-cosine embedding of (row, column), added to the tokens once. A quarter of the width each: sines of
+    the row, cosines of the row, sines of the column, cosines of the column."""
     angle = angles(side, dim, base=10000.0)  # (N, 2, D/4)
     return torch.cat([angle.sin(), angle.cos()], dim=2).flatten(1)  # (N, D)
 
 
 def rope_table(side, dim):
-    """2-D rotary positions (Su et al. 2021, arXiv 2104.09864, once per axis): cos and sin for `rope`.
+    """2-D rotary positions (Su et al. 2021, arXiv 2104.09864, once per axis): cosines and sines for `rope`.
 
-    Of the d/2 pairs in a head, half turn with the row, half with the column; 100 as the base, not 10,000, because
-    a picture is some 20 tokens wide, not thousands.
+    A head has d/2 pairs of numbers. Half of the pairs turn with the row, half with the column. The base is 100, not
+    the usual 10,000: a picture is some 20 tokens wide, not thousands.
     """
-    angle = angles(side, dim, base=100.0).flatten(1)  # (N, 2, d/4) -> (N, d/2)
-    cos, sin = angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)
+    angle = angles(side, dim, base=100.0).flatten(1)  # (N, d/2): d/4 for the row, then d/4 for the column
+    cos = torch.cat([angle.cos(), angle.cos()], dim=1)  # (N, d)
+    sin = torch.cat([-angle.sin(), angle.sin()], dim=1)  # (N, d)
     return cos[:, None], sin[:, None]  # (N, 1, d) each
 
 
 def rope(q, cos, sin):
-    """Rotates each pair (q_i, q_{i + d/2}) by its token's angle, so that q . k depends only on where the one token
-    lies relative to the other."""
-    return q * cos + q.roll(q.shape[-1] // 2, dims=-1) * sin  # (B, N, H, d)
+    """Rotates each pair (q_i, q_{i + d/2}) by its token's angle. Then q . k depends only on where one token lies
+    relative to the other."""
+    partner = q.roll(q.shape[-1] // 2, dims=-1)  # swaps the two halves
+    return q * cos + partner * sin  # (B, N, H, d); sin is negative in the first half, as in a rotation matrix
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Parts of the transformer. The layers that see every token carry no bias: it costs a pass over them each way.
+# Parts of the transformer. h: the features of the tokens, (B, N, D). Layers that act on tokens have no bias inside the
+# blocks: adding it would read and write all of h once more.
 
 
-def inverse_rms(z, eps=1e-6):
-    """1 / sqrt(mean(z^2)) over the last axis, summed in float32."""
-    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float32)
-    return (norm.square() / z.shape[-1] + eps).rsqrt().to(z.dtype)
+def inverse_rms(h, eps=1e-6):
+    """1 / sqrt(mean(h^2)) over the last axis, summed in float32."""
+    norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=torch.float32)
+    return (norm.square() / h.shape[-1] + eps).rsqrt().to(h.dtype)
 
 
 class RMSNorm(nn.Module):
-    """weight * z / rms(z) (Zhang & Sennrich 2019, arXiv 1910.07467), times the caller's scale: multiplied with the
-    weight first, it costs no pass over the tokens of its own."""
+    """h / rms(h) * weight * scale (Zhang & Sennrich 2019, arXiv 1910.07467). scale is the caller's, (B, 1, D); it is
+    multiplied with the small weight, not with all tokens, which saves a pass over them."""
 
     def __init__(self, dim):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, z, scale=1.0):
-        return z * inverse_rms(z) * (self.weight * scale).to(z.dtype)
+    def forward(self, h, scale=1.0):
+        return h * inverse_rms(h) * (self.weight * scale).to(h.dtype)  # (B, N, D)
 
 
 class Derf(nn.Module):
-    """gamma * erf(alpha z + s) + beta in RMSNorm's place: squashes each number by itself, no statistics over the
-    token (Chen et al. 2025, arXiv 2512.10938). alpha and s are one learned number each."""
+    """(gamma * erf(alpha h + s) + beta) * scale, in RMSNorm's place: it squashes each number by itself and needs no
+    statistics over the token (Chen et al. 2025, arXiv 2512.10938). alpha and s are one learned number each."""
 
     def __init__(self, dim):
         super().__init__()
@@ -169,9 +191,9 @@ class Derf(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim))
         self.beta = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, z, scale=1.0):
-        squashed = torch.erf(self.alpha.to(z.dtype) * z + self.s.to(z.dtype))
-        return (self.gamma * scale).to(z.dtype) * squashed + (self.beta * scale).to(z.dtype)
+    def forward(self, h, scale=1.0):
+        squashed = torch.erf(self.alpha.to(h.dtype) * h + self.s.to(h.dtype))
+        return (self.gamma * scale).to(h.dtype) * squashed + (self.beta * scale).to(h.dtype)  # (B, N, D)
 
 
 NORMS = {"rms": RMSNorm, "derf": Derf}
@@ -184,71 +206,86 @@ def attend(q, k, v):
 
 
 def attend_fastest(q, k, v):
-    """torch's fused attention computes the same without storing the N x N scores (FlashAttention): by far the faster
-    one on a GPU. But on CPUs its backward pass in bfloat16 takes several times as long as ours."""
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return attend(q, k, v) if slow else F.scaled_dot_product_attention(q, k, v)
+    """torch's fused attention computes the same and never stores the N x N scores (FlashAttention). It is by far the
+    faster one, except in bfloat16 on a CPU, where its backward pass takes several times as long as ours."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return attend(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 ATTENTION = {"auto": attend_fastest, "fused": F.scaled_dot_product_attention, "hand": attend}
 
 
 class Attention(nn.Module):
-    """Each token asks (q), offers (k) and tells (v); side x side tokens."""
+    """Each token's query is compared with all keys, and the values are averaged by how well they match. The tokens
+    come from a square of side x side."""
 
     def __init__(self, side, dim, heads, attention):
         super().__init__()
         if dim % heads or dim // heads % 4:
-            raise ValueError(f"width {dim} (UNet: times 4) must split into {heads} heads of 4, 8, ... numbers each")
-        self.heads, self.attention = heads, attention
-        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
-        # Buffers move with the network; these are not saved with it.
-        self.cos, self.sin = (nn.Buffer(table, persistent=False) for table in rope_table(side, dim // heads))
+            raise ValueError(f"width {dim} (in a UNet, four times --width) must split into {heads} heads of 4, 8, ... "
+                             f"numbers each")
+        self.heads = heads
+        self.attend = ATTENTION[attention]
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.k = nn.Linear(dim, dim, bias=False)
+        self.v = nn.Linear(dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        cos, sin = rope_table(side, dim // heads)
+        # Buffers move to a device with the network. Not persistent: they are not saved with it.
+        self.cos = nn.Buffer(cos, persistent=False)
+        self.sin = nn.Buffer(sin, persistent=False)
 
-    def forward(self, z):
-        q, k, v = (f(z).unflatten(2, (self.heads, -1)) for f in (self.q, self.k, self.v))  # (B, N, H, d) each
-        # QK-norm bounds the scores by sqrt(d), so that no softmax saturates (Henry et al. 2020, arXiv 2010.04245).
-        cos, sin = self.cos.to(q.dtype), self.sin.to(q.dtype)
+    def forward(self, h):
+        q = self.q(h).unflatten(2, (self.heads, -1))  # (B, N, D) -> (B, N, H, d)
+        k = self.k(h).unflatten(2, (self.heads, -1))  # (B, N, H, d)
+        v = self.v(h).unflatten(2, (self.heads, -1))  # (B, N, H, d)
+        # QK-norm: q and k have length sqrt(d), so the scores stay within +-sqrt(d) however large the weights grow
+        # (Henry et al. 2020, arXiv 2010.04245).
+        cos, sin = self.cos.to(q.dtype), self.sin.to(q.dtype)  # (N, 1, d) each
         q = rope(q * inverse_rms(q), cos, sin)
         k = rope(k * inverse_rms(k), cos, sin)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, N, d) each
-        mixed = ATTENTION[self.attention](q, k, v)  # (B, H, N, d)
+        mixed = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, N, d)
         return self.out(mixed.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class SwiGLU(nn.Module):
-    """A feed-forward layer with a gate that is itself computed (Shazeer 2020, arXiv 2002.05202)."""
+    """A feed-forward layer in which one half gates the other (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, dim):
         super().__init__()
-        hidden = max(1, round(dim * 8 / 3 / 64)) * 64  # three matrices of 8/3 D cost as much as the usual two of 4 D
-        self.gate, self.up = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
+        # Three matrices of 8/3 D cost as much as the usual two of 4 D; rounded to 64, which hardware likes.
+        hidden = max(1, round(dim * 8 / 3 / 64)) * 64
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, z):
-        return self.down(F.silu(self.gate(z)) * self.up(z))  # (B, N, D)
+    def forward(self, h):
+        return self.down(F.silu(self.gate(h)) * self.up(h))  # (B, N, D)
 
 
 class Block(nn.Module):
-    """Time (and label) scale what enters each branch and gate what leaves it (adaLN-Zero, Peebles & Xie 2022,
-    arXiv 2212.09748). There is no shift: RMSNorm has none either."""
+    """Attention, then the feed-forward layer. The time (and the label) set a scale for what enters each of the two and
+    a gate for what leaves it (adaLN-Zero, Peebles & Xie 2022, arXiv 2212.09748), but no shift, as in RMSNorm."""
 
     def __init__(self, side, dim, heads, norm, attention):
         super().__init__()
-        self.norm1, self.attention = NORMS[norm](dim), Attention(side, dim, heads, attention)
-        self.norm2, self.swiglu = NORMS[norm](dim), SwiGLU(dim)
-        # All gates closed: at the start every block passes z on unchanged; a deep network trains like a shallow one.
+        self.norm1 = NORMS[norm](dim)
+        self.attention = Attention(side, dim, heads, attention)
+        self.norm2 = NORMS[norm](dim)
+        self.swiglu = SwiGLU(dim)
+        # All gates start at 0: every block passes its input on unchanged, and a deep network trains like a shallow one.
         self.modulation = zeroed(nn.Linear(dim, 4 * dim))
 
-    def forward(self, z, c):
+    def forward(self, h, c):
         scale1, gate1, scale2, gate2 = self.modulation(c)[:, None].chunk(4, dim=-1)  # (B, 1, D) each
-        z = z + gate1 * self.attention(self.norm1(z, 1 + scale1))  # (B, N, D)
-        return z + gate2 * self.swiglu(self.norm2(z, 1 + scale2))  # (B, N, D)
+        h = h + gate1 * self.attention(self.norm1(h, 1 + scale1))  # (B, N, D)
+        return h + gate2 * self.swiglu(self.norm2(h, 1 + scale2))  # (B, N, D)
 
 
 class Transformer(nn.Module):
-    """Pictures as sequences of overlapping patches, straight from the pixels ("Just image Transformer", Li & He
-    2025, arXiv 2511.13720)."""
+    """Pictures as sequences of patches, which may overlap, straight from the pixels ("Just image Transformer", Li & He
+    2025, arXiv 2511.13720). The defaults are the paper's network for 256 pixels, JiT-B/16, with overlap."""
 
     def __init__(self, res, channels=3, patch=16, stride=12, width=768, depth=12, heads=12, norm="rms",
                  attention="auto", labels=0, bottleneck=128):
@@ -257,14 +294,16 @@ class Transformer(nn.Module):
         self.res, self.patch, self.stride = res, patch, stride
         side = (res - patch) // stride + 1
         P = channels * patch**2
-        # Through 128 numbers a patch: natural patches need no more, and noise cannot all pass (JiT, section 4.3).
+        # A patch first becomes 128 numbers. Where P is 768 this is a bottleneck, and natural patches pass it well (Li &
+        # He 2025); with small patches it is just one more matrix.
         self.embed = nn.Sequential(nn.Linear(P, bottleneck, bias=False), nn.Linear(bottleneck, width))
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.labels = Labels(labels, width)
-        self.blocks = nn.ModuleList([Block(side, width, heads, norm, attention) for _ in range(depth)])
+        self.blocks = nn.ModuleList(Block(side, width, heads, norm, attention) for _ in range(depth))
         self.norm = NORMS[norm](width)
-        # Start from "grey" rather than from random pixels; Derf's paper keeps the usual start.
-        self.head = zeroed(nn.Linear(width, P)) if norm == "rms" else nn.Linear(width, P)
+        self.head = nn.Linear(width, P)
+        if norm == "rms":
+            zeroed(self.head)  # start from 0 (grey) rather than from random pixels; Derf's paper keeps the usual start
         self.position = nn.Buffer(position_table(side, width), persistent=False)
 
     def forward(self, z, t, y=None):
@@ -289,14 +328,16 @@ def group_norm(channels):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, convolution, twice. Time (and label) scale and shift what the second norm gives ("adaptive
-    group norm", Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+    """GroupNorm, SiLU, convolution, twice. The time (and the label) scale and shift the output of the second norm
+    ("adaptive group norm", Dhariwal & Nichol 2021, arXiv 2105.05233)."""
 
     def __init__(self, a, b, dim):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(a), nn.Conv2d(a, b, 3, padding=1)
-        # At the start the block is its shortcut, scale and shift are 0: time is let in only as far as it helps.
-        self.norm2, self.conv2 = group_norm(b), zeroed(nn.Conv2d(b, b, 3, padding=1))
+        self.norm1 = group_norm(a)
+        self.conv1 = nn.Conv2d(a, b, 3, padding=1)
+        self.norm2 = group_norm(b)
+        # At the start the block is just its shortcut, and the time has no effect.
+        self.conv2 = zeroed(nn.Conv2d(b, b, 3, padding=1))
         self.modulation = zeroed(nn.Linear(dim, 2 * b))
         self.shortcut = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
 
@@ -307,11 +348,13 @@ class ResBlock(nn.Module):
         return self.shortcut(h) + r
 
 
-class Level(nn.Sequential):
-    """Residual blocks in a row; the first goes from a to b channels."""
+class Level(nn.ModuleList):
+    """Residual blocks in a row at one resolution. The first goes from a to b channels."""
 
     def __init__(self, a, b, dim, depth):
-        super().__init__(*(ResBlock(b if i else a, b, dim) for i in range(depth)))
+        super().__init__([ResBlock(a, b, dim)])
+        for _ in range(depth - 1):
+            self.append(ResBlock(b, b, dim))
 
     def forward(self, h, c):
         for block in self:
@@ -320,8 +363,8 @@ class Level(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """Down to a quarter of the resolution, where attention is affordable, and up again; on the way up each level
-    sees what the same level knew on the way down, so that detail need not pass through the bottom."""
+    """Down to a quarter of the resolution, where attention is affordable, and up again. On the way up the two
+    upper levels also get what they computed on the way down, so detail need not pass through the bottom."""
 
     def __init__(self, res, channels=1, width=32, depth=2, heads=4, attention="auto", labels=0):
         """depth: residual blocks per level, on the way down and again on the way up."""
@@ -336,16 +379,18 @@ class UNet(nn.Module):
         self.down1 = Level(W, W, D, depth)
         self.down2 = Level(W, 2 * W, D, depth)
         self.down3 = Level(2 * W, 4 * W, D, depth)
-        self.norm3, self.attention = group_norm(4 * W), Attention(res // 4, 4 * W, heads, attention)
+        self.norm3 = group_norm(4 * W)
+        self.attention = Attention(res // 4, 4 * W, heads, attention)
         self.up3 = Level(4 * W, 4 * W, D, depth)
         self.up2 = Level(2 * W + 2 * W, 2 * W, D, depth)  # from below, and from the way down
         self.up1 = Level(W + W, W, D, depth)
         # A 1x1 convolution before the upsampling gives what it would give after it, at a quarter of the cost.
         self.grow2 = nn.Sequential(nn.Conv2d(4 * W, 2 * W, 1), nn.Upsample(scale_factor=2))
         self.grow1 = nn.Sequential(nn.Conv2d(2 * W, W, 1), nn.Upsample(scale_factor=2))
-        self.norm, self.head = group_norm(W), zeroed(nn.Conv2d(W, channels, 3, padding=1))
-        # A pixel's channels lie side by side in memory, the order in which convolutions read them; features take
-        # over the layout of the weights. This takes a quarter off the step on a CPU.
+        self.norm = group_norm(W)
+        self.head = zeroed(nn.Conv2d(W, channels, 3, padding=1))
+        # Store the channels of a pixel side by side, the order in which convolutions read them; features then have this
+        # layout, too. It takes a quarter off the step on a CPU.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, z, t, y=None):
@@ -363,11 +408,10 @@ class UNet(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------
 
-
-KINDS = {"mlp": MLP, "transformer": Transformer, "unet": UNet}
+NETWORKS = {"mlp": MLP, "transformer": Transformer, "unet": UNet}
 
 
 def build(kind, **sizes):
-    """A network from plain numbers and strings, so that a checkpoint can rebuild its own. ValueError: sizes that
-    do not fit together."""
-    return KINDS[kind](**sizes)
+    """A network from plain numbers and strings, so that a checkpoint can rebuild its own. ValueError: sizes that do
+    not fit together."""
+    return NETWORKS[kind](**sizes)

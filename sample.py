@@ -2,14 +2,15 @@
 
     python sample.py out/faces-32 --n 64 --steps 50 --solver heun --seed 0 --to grid.png
 
---to decides by its ending: .png a grid (for points a scatter plot), .gif the flow from noise to data, .npy the raw
-float32 array (n, C, H, W) or (n, 2), anything without an ending a folder of single PNGs.
+The ending of --to chooses the format: .png a grid (for points a scatter plot), .gif the flow from noise to data, .npy
+the raw float32 array (n, C, H, W) or (n, 2), no ending a folder of single PNGs.
 """
 
 import argparse
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -19,106 +20,63 @@ import data
 import fm
 import model
 
-
-def pick_device(name):
-    """"auto" is the best there is. An absent device is the user's mistake."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [device for device in there if there[device]]
-    if name not in ("auto", *there):
-        data.refuse(f"no device {name} here; there is: {', '.join(there)}")
-    return torch.device(there[0] if name == "auto" else name)
+# ---------------------------------------------------------------------------------------------------------------
+# From noise to pictures
 
 
-def has_bf16(device):
-    """Does the hardware multiply matrices in bfloat16 natively?"""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+def generate(net, config, z, steps, solver="euler", y=None, guidance=1.0, interval=(0.1, 1.0), shift=1.0, tol=1e-4,
+             start=0.0, inpaint=None, states=None):
+    """Follows the flow from z, at time `start` (0: noise), to samples, float32, shaped as z. Returns (samples, NFE).
 
-
-def autocast(device, bf16=True):
-    """Matrix products, and what flows between them, in bfloat16 if the hardware has it. Weights, the state of the ODE
-    and fm.py stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and has_bf16(device))
-
-
-def read_checkpoint(path):
-    """What train.py saved, on the CPU, and under "built" its network with the averaged weights. Refuses others."""
-    if not path.is_file():
-        data.refuse(f"no checkpoint {path}: train first (python train.py) or name a run's folder (train.py --out DIR)")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["built"] = model.build(**checkpoint["net"])
-        checkpoint["built"].load_state_dict(checkpoint["ema"])
-        checkpoint["step"], checkpoint["config"]["data"], checkpoint["label_names"], checkpoint["log"], checkpoint["n"]
-    except Exception as error:  # torch.load alone raises half a dozen kinds for a damaged file
-        data.refuse(f"{path} is not a checkpoint of this program ({error!r:.200})")
-    return checkpoint
-
-
-def batched(net, size):
-    """The network, for more samples than memory holds: not more than `size` of them pass it at once."""
-    parts = lambda inputs: zip(*(values.split(size) for values in inputs if values is not None))  # y may be None
-    return lambda *inputs: torch.cat([net(*part) for part in parts(inputs)])
-
-
-def noises(n, shape, purpose, seed):
-    """A function that draws standard normal noise (n, *shape), on the CPU, time and again. What sample i gets depends
-    on (seed, i) alone, whatever the batch."""
-    generators = [torch.Generator().manual_seed(data.key(seed, purpose, i)) for i in range(n)]
-    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators])
-
-
-def noise(n, shape, seed):
-    return noises(n, shape, data.SAMPLE, seed)()
-
-
-def shape_of(config):
-    return (2,) if config["data"] in data.POINTS else (data.channels(config["data"]), config["res"], config["res"])
-
-
-def generate(net, config, z, steps, solver="euler", states=None, y=None, guidance=1.0, interval=(0.1, 1.0), shift=1.0,
-             tol=1e-4, start=0.0, known=None):
-    """Follows the flow from z, at time start (0: noise), to samples, float32, shaped as z. Returns (samples, NFE).
-
-    known: (picture, hole, noise), to fill the hole in the picture only, see `fm.inpaint`.
+    config: a run's, of which it reads predict, path and bf16. y: labels, or None. inpaint: (picture, hole, new_noise),
+    to fill the hole in the picture, see `fm.inpaint`. states: a list that receives the state after each step.
     """
-    path = fm.PATHS[config["path"]]
-    v = fm.velocity(net, config["predict"], path, y, guidance, interval)
+    y_null = None if y is None else model.hide(y, torch.ones(len(y), dtype=bool, device=y.device))
+    path = fm.PATHS[config.path]
+    v = fm.velocity(net, config.predict, path, y, y_null, guidance, interval)
     ts = [start + (1 - start) * t for t in fm.time_grid(steps, shift)]
-    end_euler = config["predict"] == "x"
-    if solver == "dopri5" and states is None and not known:  # chooses its own steps
-        ts = [start, 1.0]
-    with autocast(z.device, config["bf16"] and solver != "dopri5"):  # which would take rounding for error
-        if known:
-            return fm.inpaint(v, z, *known, ts, path, solver, end_euler, states, tol)
+    if solver == "dopri5" and states is None and inpaint is None:
+        ts = [start, 1.0]  # it chooses its own steps; only a GIF or inpainting needs the states between
+    end_euler = config.predict == "x"
+    # No bfloat16 with dopri5: it would take the rounding for its own error, and shorten its steps.
+    with autocast(z.device, config.bf16 and solver != "dopri5"):
+        if inpaint is not None:
+            return fm.inpaint(v, z, *inpaint, ts, path, solver, end_euler, states, tol)
         return fm.solve(v, z, ts, solver, end_euler, states, tol)
 
 
-def parse_label(text, names, config):
-    """--label as rows of y: a class by name or number, attributes by name (with commas), or all: a row for each."""
-    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    words = names if names and text == "all" else text.split(",")
-    for word in words:
-        if word not in numbers:
-            known = ", ".join(names) or "no labels; train with --cond all"
-            data.refuse(f"--label {word}: this network has learnt {known}")
-    y = torch.tensor([numbers[word] for word in words])
-    if config["data"] not in ("faces", "celeba"):
-        return y
-    rows = torch.nn.functional.one_hot(y, len(names))  # several may hold at once
-    return rows if text == "all" else rows.amax(0, keepdim=True)
+def noise(indices, shape, seed):
+    """Standard normal noise (len(indices), *shape), on the CPU. That of sample i depends on (seed, i) alone."""
+    return noise_source(indices, shape, seed, data.SAMPLE, torch.device("cpu"))()
+
+
+def noise_source(indices, shape, seed, purpose, device):
+    """A function that draws new noise at each call. The sequence that sample i gets depends on (seed, i) alone."""
+    generators = [torch.Generator().manual_seed(data.seed_from(seed, purpose, i)) for i in indices]
+
+    def draw_noise():
+        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+    return draw_noise
+
+
+def shape_of(config):
+    """The shape of one sample."""
+    if config.dataset in data.POINTS:
+        return (2,)
+    return (data.channels(config.dataset), config.res, config.res)
 
 
 def draw(x, config, columns=None):
     """Samples as one PIL image: a grid, or for points a scatter plot."""
-    return data.scatter(x.cpu().numpy()) if config["data"] in data.POINTS else data.grid(data.to_uint8(x), columns)
+    if config.dataset in data.POINTS:
+        return data.scatter(x.cpu().numpy())
+    return data.grid(data.to_uint8(x), columns)
 
 
 def write(x, states, config, to, columns=None):
-    """x to the file or folder `to`, whose ending says how; states: those of the whole flow, for a GIF. A kill or a
-    full disk leaves a file that was there before."""
+    """Writes x to the file or folder `to`, in the format that its ending says. states: those of the whole flow, for a
+    GIF. If it fails midway, an older file stays whole; in a folder, pictures that were already written are new."""
     part = to.parent / f"part-{to.name}"
     if to.suffix == ".png":
         draw(x, config, columns).save(part)
@@ -134,29 +92,204 @@ def write(x, states, config, to, columns=None):
     print(f"wrote {to}")
 
 
+def main(argv=None):
+    args = parse_flags(argv)
+    device = pick_device(args.device)
+    file = args.folder if args.folder.suffix == ".pt" else args.folder / "ckpt.pt"
+    checkpoint = read_checkpoint(file)
+    net, config = checkpoint["network"].to(device).eval().requires_grad_(False), checkpoint["config"]
+    to = args.to or file.parent / "samples.png"
+    check_output(to, config)
+    if config.network == "mlp" and device.type == "cpu":
+        torch.set_num_threads(1)  # layers of microseconds are slower when threads share them
+    if args.bpd:
+        return likelihood(net, config, args.bpd, args.steps, args.seed, device, args.batch)
+    if args.paths:
+        return write_paths(net, config, to, device)
+
+    rows = parse_label(args.label, checkpoint)
+    y, n, columns = None, args.n, args.columns
+    if rows is not None:  # the same number of samples for each row of labels
+        each = math.ceil(args.n / len(rows))
+        y, n = rows.repeat_interleave(each, 0).to(device), each * len(rows)
+        if len(rows) > 1:
+            columns = columns or each
+    z = noise(range(n), shape_of(config), args.seed).to(device)
+    if args.sweep:
+        return sweep(net, config, z, y, args.batch)
+    if args.invert:
+        picture = read_exactly(args.invert, shape_of(config), device)
+        return write(*invert(net, config, picture, args.steps, y), config, to, args.columns or 3)
+    start, known = 0.0, None
+    if args.interpolate:
+        z = between(z, args.interpolate)
+        y = None if y is None else y.repeat_interleave(args.interpolate, 0)
+        columns = args.columns or args.interpolate  # a row from each noise to the next
+    if args.source:
+        start = 1 - args.strength
+        z = noisy(read_exactly(args.source, shape_of(config), device), z, start, config)
+    if args.inpaint:
+        known = read_exactly(args.inpaint, shape_of(config), device), read_mask(args.mask, config, device)
+    x, states = generate_in_batches(net, config, z, y, args, start, known, keep_states=to.suffix == ".gif")
+    write(x, states, config, to, columns)
+
+
+def generate_in_batches(net, config, z, y, args, start, known, keep_states):
+    """(x, states) from all of z, at most --batch at a time; prints how it was done, and how fast. known: (picture,
+    hole) for inpainting, or None."""
+    began, samples, flows = time.perf_counter(), [], []
+    for part in torch.arange(len(z)).split(args.batch):
+        y_part = None if y is None else y[part]
+        states = [z[part]] if keep_states else None
+        inpaint = None
+        if known is not None:
+            inpaint = *known, noise_source(part.tolist(), z.shape[1:], args.seed, data.INPAINT, z.device)
+        x, nfe = generate(net, config, z[part], args.steps, args.solver, y_part, args.guidance, args.interval,
+                          args.shift, args.tol, start, inpaint, states)
+        samples.append(x.cpu())  # waits for a GPU, so that the time below is right
+        flows.append(states)
+    x = torch.cat(samples)
+    rate = len(x) / (time.perf_counter() - began)
+    how = f"dopri5 to {args.tol:g}" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
+    print(f"{len(x)} samples, {how}, NFE {nfe}, {rate:.1f} samples/s")
+    if config.network == "transformer":
+        ratio = border_ratio(x, config.patch, config.stride)
+        if math.isfinite(ratio):  # it is not if no pixel, or every pixel, lies at a border
+            print(f"squared gradient at patch borders: {ratio:.3f} of that elsewhere")
+    states = [torch.cat(parts) for parts in zip(*flows)] if keep_states else None
+    return x, states
+
+
 def border_ratio(x, patch, stride):
-    """Mean squared difference of neighbouring pixels where a patch begins or ends, over that elsewhere. A visible grid
-    of patches makes it larger than it is in the data. x: (B, C, H, W)."""
-    steps = x.diff(dim=3).square().mean((0, 1, 2)) + x.diff(dim=2).square().mean((0, 1, 3))  # (W-1,)
+    """Mean squared difference of neighbouring pixels where a patch begins or ends, over that elsewhere. If it is larger
+    than the data's own, the grid of patches shows. x: (B, C, H, W)."""
+    across, down = x.diff(dim=3).square(), x.diff(dim=2).square()
+    energy = across.mean((0, 1, 2)) + down.mean((0, 1, 3))  # (W-1,): between pixels i and i + 1
     starts = torch.arange(0, x.shape[3] - patch + 1, stride)
-    border = torch.isin(torch.arange(1, x.shape[3]), torch.cat([starts, starts + patch]))
-    return (steps[border].mean() / steps[~border].mean()).item()
+    borders = torch.cat([starts, starts + patch])
+    at_border = torch.isin(torch.arange(1, x.shape[3]), borders)
+    return (energy[at_border].mean() / energy[~at_border].mean()).item()
 
 
-def likelihood(net, config, n, steps, seed, device, batch=64):
-    """Prints bits per dimension (pictures) or nats (points) of n held-out samples, with the standard error."""
-    points, images = config["data"] in data.POINTS, data.load(config["data"], config["root"], config["res"])[0]
-    x = torch.from_numpy(images[data.split(len(images))[1][:n]])
-    g = torch.Generator().manual_seed(data.key(seed, data.TRACE))
-    if not points:  # bytes become densities by adding the fraction that rounding took away: (b + u) / 256, on [-1, 1]
-        x = x.permute(0, 3, 1, 2)
-        x = (x + torch.rand(x.shape, generator=g)) / 128 - 1
-    # From data to noise the training clamp is right: unclamped, an x-prediction's velocity is 0/0 at t = 1, and near
-    # it blows up every error. Clamped, it is the field that was trained, and any field has a likelihood.
-    v = fm.velocity(net, config["predict"], fm.PATHS[config["path"]], clamped=True)
+# ---------------------------------------------------------------------------------------------------------------
+# Editing
+
+
+def between(z, count):
+    """`count` noises from each noise to the next, both included, and from the last to the first. They lie on the sphere
+    near which all noise lies: a straight mixture of two noises would have too small a norm."""
+    rows = []
+    for a, b in zip(z, z.roll(-1, 0)):
+        for s in torch.linspace(0, 1, count).tolist():
+            rows.append(slerp(a, b, s))
+    return torch.stack(rows)
+
+
+def slerp(a, b, s):
+    """The point that lies the fraction s of the way from a to b along the sphere."""
+    angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
+    return (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
+
+
+def noisy(x, e, t, config):
+    """The picture x as it is at time t, to start from: noise hides its detail and keeps its layout (SDEdit, Meng et
+    al. 2021, arXiv 2108.01073)."""
+    alpha, sigma, _, _ = fm.PATHS[config.path](torch.tensor(t))
+    return alpha * x + sigma * e
+
+
+def invert(net, config, x, steps, y):
+    """Takes a picture back to its noise and forth again, and prints the error. Returns picture, noise and
+    reconstruction as one batch, and all states on the way.
+
+    Both ways with training's clamp, see `likelihood`, so that they follow the same field; and in float32, so that
+    nothing is lost but the solver's error.
+    """
+    y = None if y is None else y[:1]
+    v = fm.velocity(net, config.predict, fm.PATHS[config.path], y, clamp=fm.CLAMP)
+    ts, states = fm.time_grid(steps), [x]
+    e, nfe_back = fm.solve(v, x, ts[::-1], "heun", states=states)
+    again, nfe_forth = fm.solve(v, e, ts, "heun", states=states)
+    error = (again - x).square().mean().sqrt()
+    print(f"round trip: RMS error {error:.5f} on [-1, 1], NFE {nfe_back} + {nfe_forth}; its noise has mean "
+          f"{e.mean():.3f} and standard deviation {e.std():.3f}")
+    return torch.cat([x, e, again]), states
+
+
+def read_exactly(file, shape, device):
+    """A picture of just the network's size and mode, or a mask of its size: (1, C, H, W) in [-1, 1]."""
+    if len(shape) < 3:
+        data.fail(f"{file}: this network draws points, not pictures")
+    mode, res = {1: "L", 3: "RGB"}[shape[0]], shape[-1]
+    try:
+        with Image.open(file) as im:
+            found, pixels = f"{im.mode} {im.width}x{im.height}", np.array(im)
+    except Exception as error:  # whatever a broken file makes a decoder raise
+        data.fail(f"{file} is no picture that can be read ({error})")
+    if found != f"{mode} {res}x{res}":
+        data.fail(f"{file} is {found}, but must be {mode} {res}x{res}: python -c \"from PIL import Image; Image.open("
+                  f"'{file}').convert('{mode}').resize(({res}, {res})).save('fits.png')\"")
+    return data.to_tensor(pixels.reshape(1, res, res, -1), device)
+
+
+def read_mask(file, config, device):
+    """bool (1, 1, H, W): True in the hole, where the mask is white."""
+    _, *size = shape_of(config)
+    return read_exactly(file, (1, *size), device) > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Looking at the flow itself
+
+
+@torch.no_grad()
+def write_paths(net, config, to, device):
+    """For points, three pictures side by side: pairs of noise and data as training draws them, the learnt velocities
+    at t = 0.5, and the paths from noise to samples."""
+    if config.dataset not in data.POINTS:
+        data.fail("--paths draws the flow of points in the plane: python train.py --data moons")
+    e = noise(range(200), (2,), seed=0)
+    x = data.points(config.dataset, 200, data.seed_from(1, data.HELD_OUT, 0))
+    paired = fm.ot_pair(x, e, config.ot_block) if config.ot else e
+    pairs = torch.stack([paired, x], dim=1)  # (200, 2, 2)
+
+    ticks = torch.linspace(-4.8, 4.8, 15)
+    places = torch.cartesian_prod(ticks, ticks).to(device)  # (225, 2)
+    v = fm.velocity(net, config.predict, fm.PATHS[config.path])
+    arrows = torch.stack([places, places + 0.15 * v(places, 0.5)], dim=1)  # (225, 2, 2)
+
+    states = [e.to(device)]
+    generate(net, config, states[0], 100, states=states)
+    paths = torch.stack(states, dim=1)  # (200, 101, 2)
+
+    panels = []
+    for lines, title in ((pairs, "optimal-transport pairs" if config.ot else "random pairs"),
+                         (arrows, "learnt velocity at t = 0.5"), (paths, "paths from noise to samples")):
+        panels.append(np.asarray(data.trails(lines.cpu().numpy(), title)))
+    data.grid(np.stack(panels), columns=3).save(to)
+    print(f"wrote {to}")
+
+
+def likelihood(net, config, n, steps, seed, device, batch):
+    """Prints bits per dimension (pictures) or nats (points) of n held-out samples, with the standard error.
+
+    This uses the field with training's clamp, since an unclamped x-prediction divides by 0 at t = 1, where the solve
+    from data to noise begins. For t > 0.95 the clamp bends the flow. Followed from noise to data it ends near 0.98 x +
+    0.018 e, so its samples keep noise of about 0.018 in every pixel, and the bits per dimension stay above about 3.
+    """
+    images, _, _ = data.load(config.dataset, config.root, config.res)
+    _, held_out = data.split(len(images))
+    x = data.to_tensor(images[held_out[:n]], torch.device("cpu"))
+    points = config.dataset in data.POINTS
+    g = torch.Generator().manual_seed(data.seed_from(seed, data.TRACE))
+    if not points:  # bytes become a density by spreading each one over the width of its grey level
+        x = x + (torch.rand(x.shape, generator=g) - 0.5) / 127.5
+    v = fm.velocity(net, config.predict, fm.PATHS[config.path], clamp=fm.CLAMP)
     scores = []
     for part in x.split(batch):
-        probe = None if points else torch.randint(0, 2, part.shape, generator=g).to(device) * 2.0 - 1
+        probe = None
+        if not points:
+            probe = (torch.randint(0, 2, part.shape, generator=g) * 2.0 - 1).to(device)
         log_p, nfe = fm.log_likelihood(v, part.to(device), fm.time_grid(steps)[::-1], "heun", probe)
         scores.append(-log_p.cpu() if points else fm.bits_per_dimension(log_p.cpu(), x[0].numel()))
     score = torch.cat(scores)
@@ -165,161 +298,185 @@ def likelihood(net, config, n, steps, seed, device, batch=64):
           f"samples, {steps} steps of heun, NFE {nfe}")
 
 
-def sweep(net, config, e, y):
-    """Prints how far each solver is from the exact flow, by evaluations of the network; for points also W2.
+def sweep(net, config, z, y, batch):
+    """Prints how far each solver ends from a fine solution (RK4 in 100 steps), by evaluations of the network; for
+    points also W2 to the data.
 
-    The flow is that of the clamped field, see `likelihood`: unclamped, an x-prediction's does not settle near t = 1,
-    however small the steps. And in float32: bfloat16's rounding would drown the differences between solvers.
+    This uses the field with training's clamp, see `likelihood`: without it, an x-prediction's solutions do not
+    converge near t = 1, however small the steps. And float32, so that rounding does not hide the differences.
     """
-    points = config["data"] in data.POINTS
-    v = fm.velocity(net, config["predict"], fm.PATHS[config["path"]], y, clamped=True)
-    exact, _ = fm.solve(v, e, fm.time_grid(100), "rk4")
-    fresh = data.points(config["data"], len(e), data.key(1, data.HELD_OUT, 0)) if points else None
-    print("solver    steps or tol   NFE   RMS distance from the exact flow" + ("   W2 to data" if points else ""))
-    trials = [(name, budget // cost) for name, cost in (("euler", 1), ("heun", 2), ("midpoint", 2), ("rk4", 4))
-              for budget in (4, 8, 16, 32, 64)]
-    for solver, steps in [*trials, *(("dopri5", tol) for tol in (1e-1, 1e-2, 1e-3, 1e-4))]:
-        x, nfe = fm.solve(v, e, fm.time_grid(steps if solver != "dopri5" else 1), solver, tol=steps)
-        row = f"{solver:8s} {steps:13g} {nfe:5d} {(x - exact).square().mean().sqrt():34.4f}"
-        print(row + (f"{fm.w2(fresh, x):13.3f}" if points else ""), flush=True)
+    points = config.dataset in data.POINTS
+
+    def solve_all(solver, ts, tol=None):
+        parts = []
+        for part in torch.arange(len(z)).split(batch):
+            v = fm.velocity(net, config.predict, fm.PATHS[config.path], None if y is None else y[part], clamp=fm.CLAMP)
+            x, nfe = fm.solve(v, z[part], ts, solver, tol=tol)
+            parts.append(x)
+        return torch.cat(parts), nfe
+
+    fine, _ = solve_all("rk4", fm.time_grid(100))
+    fresh = data.points(config.dataset, len(z), data.seed_from(1, data.HELD_OUT, 0)) if points else None
+    trials = []  # solver, times, tol, what to call the setting
+    for solver, (_, evaluations) in fm.FIXED_STEP.items():
+        for nfe in (4, 8, 16, 32, 64):
+            steps = nfe // evaluations
+            trials.append((solver, fm.time_grid(steps), None, steps))
+    for tol in (1e-1, 1e-2, 1e-3, 1e-4):
+        trials.append(("dopri5", [0.0, 1.0], tol, tol))
+    print("solver    steps or tol   NFE   RMS distance from a fine solution" + ("   W2 to data" if points else ""))
+    for solver, ts, tol, setting in trials:
+        x, nfe = solve_all(solver, ts, tol)
+        distance = (x - fine).square().mean().sqrt()
+        row = f"{solver:8s} {setting:13g} {nfe:5d} {distance:35.4f}"
+        if points:
+            row += f"{fm.w2(fresh, x):13.3f}"
+        print(row, flush=True)
 
 
-def slerp(a, b, s):
-    """Between two noises along the sphere on which noise lies: a straight mixture would be too short to be noise."""
-    angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
-    return (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
+# ---------------------------------------------------------------------------------------------------------------
+# Plumbing: flags, labels, checkpoints, devices
 
 
-def read_exactly(path, shape, device):
-    """A picture that is exactly what the network draws, or a mask of its size: (1, C, H, W) in [-1, 1]."""
-    if len(shape) < 3:
-        data.refuse(f"{path}: this network draws points, not pictures")
-    mode, res = {1: "L", 3: "RGB"}[shape[0]], shape[-1]
-    try:
-        with Image.open(path) as im:
-            found, pixels = f"{im.mode} {im.width}x{im.height}", np.array(im)
-    except Exception as error:  # whatever a broken file makes a decoder raise
-        data.refuse(f"{path} is no picture that can be read ({error})")
-    if found != f"{mode} {res}x{res}":
-        data.refuse(f"{path} is {found}, needed is {mode} {res}x{res}: python -c \"from PIL import Image; Image.open("
-                    f"'{path}').convert('{mode}').resize(({res}, {res})).save('fits.png')\"")
-    return data.to_tensor(pixels.reshape(1, res, res, -1), device)
-
-
-def invert(net, config, x, steps, y):
-    """Takes a picture back to its noise and forth again, and prints how far from itself it ends. Returns the three
-    and all states between.
-
-    Both ways with the training clamp, see `likelihood`: there and back must be the same field, and in float32, since
-    rounding is all that is lost otherwise.
-    """
-    v, states = fm.velocity(net, config["predict"], fm.PATHS[config["path"]], y, clamped=True), [x]
-    e, there = fm.solve(v, x, fm.time_grid(steps)[::-1], "heun", states=states)
-    again, back = fm.solve(v, e, fm.time_grid(steps), "heun", states=states)
-    print(f"round trip: RMS error {(again - x).square().mean().sqrt():.5f} on [-1, 1], NFE {there} + {back}; "
-          f"its noise has mean {e.mean():.3f} and standard deviation {e.std():.3f}")
-    return torch.cat([x, e, again]), states
-
-
-def pair_of_times(text):
-    """A type for argparse: two times, such as 0.1,1."""
-    low, high = map(float, text.split(","))
-    if not low <= high:
-        raise ValueError
-    return low, high
-
-
-def parse(argv):
+def parse_flags(argv):
     parser = argparse.ArgumentParser(description="Draws samples from a trained flow.", allow_abbrev=False)
-    parser.error = data.refuse
-    count, ratio, tolerance = data.between(int, 1, 10**9), data.between(float, 1e-3, 1e3), data.between(float, 1e-6, 1)
-    seed, weight = data.between(int, 0, 2**63 - 1), data.between(float, 0, 100)
+    parser.error = data.fail
+    count, seed = data.number(int), data.number(int, 0, 2**63 - 1)
     parser.add_argument("folder", type=Path, help="what train.py wrote, such as out/faces-32")
     parser.add_argument("--n", type=count, default=64, help="how many samples; with labels, rounded up to whole rows")
     parser.add_argument("--steps", type=count, default=50, help="steps of the solver")
-    parser.add_argument("--solver", default="heun", choices=list(fm.SOLVERS))
+    parser.add_argument("--solver", default="heun", choices=fm.SOLVERS)
     parser.add_argument("--seed", type=seed, default=0, help="the noise of sample i depends on (seed, i) only")
-    parser.add_argument("--tol", type=tolerance, default=1e-4, help="error that dopri5 allows itself per step")
-    parser.add_argument("--shift", type=ratio, default=1.0, help="more than 1: smaller steps near the noise")
-    parser.add_argument("--label", help="class or attribute, by name or number; a,b; or all: a row each")
-    parser.add_argument("--guidance", type=weight, default=1.0, help="how strongly the label pulls; 1: as learnt")
-    parser.add_argument("--interval", type=pair_of_times, default=(0.1, 1.0), help="when guidance is on: 0.1,1")
+    parser.add_argument("--tol", type=data.number(float, 1e-6, 1), default=1e-4,
+                        help="error that dopri5 allows itself per step")
+    parser.add_argument("--shift", type=data.number(float, 1e-3, 1e3), default=1.0,
+                        help="more than 1: smaller steps near the noise")
+    parser.add_argument("--label", help="classes or attributes by name or number: a or a,b; or all, a row for each")
+    parser.add_argument("--guidance", type=data.number(float, 0, 100), default=1.0,
+                        help="how strongly the label pulls; 1: as learnt")
+    parser.add_argument("--interval", type=pair_of_times, default=(0.1, 1.0),
+                        help="times between which guidance acts: 0.1,1")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--interpolate", type=count, help="pictures from each noise to the next")
-    modes.add_argument("--from", dest="source", metavar="PICTURE", help="start from this picture, partly made noise")
-    parser.add_argument("--strength", type=data.between(float, 1e-3, 1), default=0.6, help="... 1: only noise is left")
-    modes.add_argument("--inpaint", metavar="PICTURE", help="fill a hole in this picture ...")
-    parser.add_argument("--mask", metavar="PICTURE", help="... white where the hole is, else black")
+    modes.add_argument("--from", dest="source", metavar="PICTURE", help="start from this picture with noise added")
+    parser.add_argument("--strength", type=data.number(float, 1e-3, 1), default=0.6,
+                        help="for --from: how much noise; 1 leaves nothing else")
+    modes.add_argument("--inpaint", metavar="PICTURE", help="fill a hole in this picture")
+    parser.add_argument("--mask", metavar="PICTURE", help="for --inpaint: white where the hole is, else black")
     modes.add_argument("--invert", metavar="PICTURE", help="instead: to its noise and back, in --steps of heun")
+    modes.add_argument("--paths", action="store_true", help="instead, of points: pairs, velocities and paths")
     modes.add_argument("--sweep", action="store_true", help="instead: a table of error against NFE, all solvers")
-    modes.add_argument("--bpd", type=count, help="instead: likelihood of so many held-out samples (at most 1024)")
+    modes.add_argument("--bpd", type=count, help="instead: likelihood of N held-out samples (at most 1024)")
     parser.add_argument("--batch", type=count, default=64, help="samples that pass the network at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--columns", type=count, help="pictures in a row (default: a square grid)")
     parser.add_argument("--to", type=Path, help="x.png, x.gif, x.npy or a folder (default: FOLDER/samples.png)")
     args = parser.parse_args(argv)
     if args.interpolate and args.n < 2:
-        data.refuse("--interpolate needs --n 2 or more noises to go between")
+        data.fail("--interpolate needs --n 2 or more noises to go between")
     if bool(args.inpaint) != bool(args.mask):
-        data.refuse("--inpaint PICTURE and --mask MASK go together")
+        data.fail("--inpaint PICTURE and --mask MASK go together")
     if args.guidance != 1 and not args.label:
-        data.refuse("--guidance needs a --label to pull towards")
-    if args.bpd and args.label or args.guidance != 1 and (args.bpd or args.sweep or args.invert):
-        data.refuse("--bpd knows no --label, and no --guidance; nor do --sweep and --invert know --guidance")
+        data.fail("--guidance needs a --label to pull towards")
+    if args.guidance != 1 and (args.bpd or args.sweep or args.invert):
+        data.fail("--bpd, --sweep and --invert work without --guidance")
+    if args.label and (args.bpd or args.paths):
+        data.fail("--bpd and --paths work without --label")
     return args
 
 
-def main(argv=None):
-    args = parse(argv)
-    device = pick_device(args.device)
-    path = args.folder if args.folder.suffix == ".pt" else args.folder / "ckpt.pt"
-    checkpoint = read_checkpoint(path)
-    net, config = checkpoint["built"].to(device).eval().requires_grad_(False), checkpoint["config"]
-    points, shape = config["data"] in data.POINTS, shape_of(config)
-    to = args.to or path.parent / "samples.png"
-    if to.suffix not in (".png", ".gif", ".npy") and (points or to.suffix):
-        data.refuse(f"cannot write {to}: its ending must be .png, .gif, .npy or, for pictures, none (a folder)")
-    data.check_writable(to)
-    if points and device.type == "cpu":
-        torch.set_num_threads(1)  # see train.py
-    if args.bpd:
-        return likelihood(net, config, args.bpd, args.steps, args.seed, device, args.batch)
-    net = batched(net, args.batch)
-    labels = parse_label(args.label, checkpoint["label_names"], config) if args.label else torch.tensor([-1])
-    each = math.ceil(args.n / len(labels))
-    columns = args.columns or (each if len(labels) > 1 else None)
-    y = labels.repeat_interleave(each, 0).to(device)
-    e, start, known = noise(len(y), shape, args.seed).to(device), 0.0, None
-    if args.sweep:
-        return sweep(net, config, e, y)
-    if args.invert:
-        picture = read_exactly(args.invert, shape, device)
-        return write(*invert(net, config, picture, args.steps, y[:1]), config, to, args.columns or 3)
-    if args.interpolate:  # a row from each noise to the next
-        columns, s = args.columns or args.interpolate, torch.linspace(0, 1, args.interpolate).tolist()
-        e = torch.stack([slerp(a, b, part) for a, b in zip(e, e.roll(-1, 0)) for part in s])
-        y = y.repeat_interleave(args.interpolate, 0)
-    if args.source:  # SDEdit (Meng et al. 2021, arXiv 2108.01073): noise hides detail and keeps the layout
-        start = 1 - args.strength
-        alpha, sigma, _, _ = fm.PATHS[config["path"]](torch.tensor(start))
-        e = alpha * read_exactly(args.source, shape, device) + sigma * e
-    if args.inpaint:
-        hole = read_exactly(args.mask, (1, *shape[1:]), device) > 0
-        known = read_exactly(args.inpaint, shape, device), hole, noises(len(e), shape, data.INPAINT, args.seed)
+def pair_of_times(text):
+    """A type for argparse: two times, such as 0.1,1."""
+    low, high = (float(word) for word in text.split(","))
+    if not low <= high:
+        raise ValueError
+    return low, high
 
-    states = [e] if to.suffix == ".gif" else None
-    began = time.perf_counter()
-    x, nfe = generate(net, config, e, args.steps, args.solver, states, y, args.guidance, args.interval, args.shift,
-                      args.tol, start, known)
-    x = x.cpu()  # a GPU has finished then
-    rate = len(x) / (time.perf_counter() - began)
-    how = f"dopri5 to {args.tol:g}" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
-    print(f"{len(x)} samples, {how}, NFE {nfe}, {rate:.1f} samples/s")
-    if config["model"] == "transformer":
-        ratio = border_ratio(x, config["patch"], config["stride"])
-        if math.isfinite(ratio):  # there are borders, and there is something elsewhere
-            print(f"squared gradient at patch borders: {ratio:.3f} of that elsewhere")
-    write(x, states, config, to, columns)
+
+def check_output(to, config):
+    """Refuses what cannot be written before the work."""
+    points = config.dataset in data.POINTS
+    if to.suffix not in (".png", ".gif", ".npy") and (points or to.suffix):
+        data.fail(f"cannot write {to}: its ending must be .png, .gif, .npy or, for pictures, none (a folder)")
+    data.make_folder_for(to)
+
+
+def parse_label(text, checkpoint):
+    """--label as rows of y, or None without it. Classes: "a,b" is a row for each. Attributes: "a,b" is one row, of
+    samples with both. "all" is a row for each class or attribute."""
+    if text is None:
+        return None
+    names = checkpoint["label_names"]
+    words = names if names and text == "all" else text.split(",")
+    numbers = {}
+    for i, name in enumerate(names):
+        numbers[str(i)] = i
+    for i, name in enumerate(names):
+        numbers[name] = i  # a name counts before a number
+    for word in words:
+        if word not in numbers:
+            learnt = ", ".join(names) or "no labels; train with --cond all"
+            data.fail(f"--label {word}: this network has learnt {learnt}")
+    y = torch.tensor([numbers[word] for word in words])
+    if not checkpoint["multi_hot"]:
+        return y  # (R,)
+    rows = torch.nn.functional.one_hot(y, len(names))  # (R, K)
+    return rows if text == "all" else rows.amax(dim=0, keepdim=True)
+
+
+# Fields of Config as older checkpoints call them.
+RENAMED = {"data": "dataset", "loss": "target", "time": "times", "model": "network"}
+
+
+def read_checkpoint(file):
+    """What train.py saved, on the CPU, with its config as a namespace, and under "network" the network with the
+    averaged weights. Refuses other files."""
+    if not file.is_file():
+        data.fail(f"no checkpoint {file}: train first (python train.py) or name a run's folder (train.py --out DIR)")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint["network"] = model.build(**checkpoint["net"])
+        checkpoint["network"].load_state_dict(checkpoint["ema"])
+        fields = {RENAMED.get(name, name): value for name, value in checkpoint["config"].items()}
+        checkpoint["config"] = SimpleNamespace(**fields)
+        checkpoint.setdefault("multi_hot", fields["dataset"] in ("faces", "celeba"))
+        for key in ("step", "label_names", "log", "n"):
+            if key not in checkpoint:
+                raise KeyError(key)
+    except Exception as error:  # torch.load alone raises half a dozen kinds for a damaged file
+        data.fail(f"{file} is not a checkpoint of this program ({error!r:.200})")
+    return checkpoint
+
+
+def pick_device(name):
+    """auto: a GPU if there is one."""
+    devices = []
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    devices.append("cpu")
+    if name == "auto":
+        name = devices[0]
+    if name not in devices:
+        data.fail(f"no device {name} here; there is: {', '.join(devices)}")
+    return torch.device(name)
+
+
+def has_bf16(device):
+    """Does the hardware multiply matrices in bfloat16 natively?"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        can = torch.cpu.get_capabilities()
+        return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
+    return False
+
+
+def autocast(device, bf16=True):
+    """Runs the network in bfloat16 if the hardware has it. Weights, the state of the ODE and fm.py's arithmetic stay
+    float32 (or more)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and has_bf16(device))
 
 
 if __name__ == "__main__":

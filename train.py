@@ -5,7 +5,7 @@
     python train.py --data celeba --res 256                        the real job, on a GPU
     torchrun --nproc_per_node=8 train.py --data celeba --res 256   on eight
 
-Everything a run needs to be understood is in Config below; everything it leaves behind is in out/<data>-<res>.
+Config below says what a run does. What it leaves behind is in out/faces-32, out/moons, ...
 """
 
 import argparse
@@ -13,9 +13,7 @@ import copy
 import csv
 import dataclasses
 import difflib
-import inspect
 import os
-import re
 import shutil
 import signal
 import sys
@@ -35,174 +33,266 @@ import model
 import sample
 
 
+def flag(default, help, choices=None, low=None, high=None, name=None):
+    """A field of Config and its flag on the command line: --ot-block for the field ot_block, unless `name` is given."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, name=name))
+
+
 @dataclasses.dataclass
 class Config:
-    """Every number of a run, and so every flag: `--name value`. The comment is the flag's help."""
+    """Every setting of a run. These defaults are tuned for three minutes of cartoon faces on two CPU cores; `preset`
+    has those for other data and sizes."""
 
-    # what is learned
-    data: str = "faces"  # faces, celeba, mnist, fashion, cifar10, moons, 8gaussians, checkerboard, spirals, or a path
-    res: int = 32  # pixels a side; pictures are cropped to the centre square and resized
-    root: str = "data"  # where datasets are looked for, and packed arrays kept (in cache/)
-    flip: bool = True  # mirror half of the pictures, at random
-    cond: str = ""  # labels to learn: all, or some attributes by name (Smiling,Male); by default none
-    drop: float = 0.1  # share of samples whose labels are hidden, so that guidance has something to compare with
-    download: bool = False  # fetch mnist, fashion or cifar10 into --root first, if it is not there
+    # the data
+    dataset: str = flag("faces", "faces, celeba, mnist, fashion, cifar10, moons, 8gaussians, checkerboard, spirals, or "
+                                 "the path of a folder or zip of pictures", name="--data")
+    res: int = flag(32, "pixels a side; pictures are cropped to the centre square and resized", low=8, high=10**4)
+    root: str = flag("data", "where datasets are looked for, and packed arrays kept (in cache/)")
+    flip: bool = flag(True, "mirror half of the pictures, at random")
+    cond: str = flag("", "labels to learn: all, or some attributes by name (Smiling,Male); by default none")
+    drop: float = flag(0.1, "fraction of samples whose labels are hidden; guidance needs some", high=1)
+    download: bool = flag(False, "fetch mnist, fashion or cifar10 into --root first, if it is not there")
     # the flow
-    predict: str = "x"  # what the network says: x, e or v
-    loss: str = "v"  # in which of x, e, v the squared error is taken
-    path: str = "linear"  # linear or cosine
-    time: str = "logit-normal"  # logit-normal or uniform training times
-    t_mean: float = 0.0  # mean of the logit-normal; -0.8 - log(res/256), at most 0; for mnist and its like -0.4
-    ot: bool = False  # pair noise with data by optimal transport
-    ot_block: int = 64  # in groups of so many: the assignment costs O(n^3), the gain flattens about here
-    cover: float = 0.0  # share of times drawn uniformly, so that all are seen; the loss is corrected for it
-    jitter: float = 0.0  # standard deviation of noise on z, which the targets do not know
+    predict: str = flag("x", "what the network predicts", choices=("x", "e", "v"))
+    target: str = flag("v", "what the squared error compares", choices=("x", "e", "v"))
+    path: str = flag("linear", "how data and noise are mixed", choices=tuple(fm.PATHS))
+    times: str = flag("logit-normal", "distribution of the training times", choices=tuple(fm.TIMES))
+    t_mean: float = flag(0.0, "mean of logit(t); by default min(0, -0.8 - log(res/256)), for mnist and its like -0.4",
+                         low=-1e38)
+    ot: bool = flag(False, "pair noise with data by optimal transport")
+    ot_block: int = flag(64, "pair in groups of this many: the cost grows as n^3, and larger groups gain little")
+    cover: float = flag(0.0, "fraction of the times drawn uniformly, to see rare ones; the loss is reweighted", high=1)
+    jitter: float = flag(0.0, "standard deviation of extra noise on the network's input")
     # the network
-    model: str = "transformer"  # transformer, unet or mlp
-    patch: int = 4  # pixels a side of a patch
-    stride: int = 4  # pixels from one patch to the next; below `patch` they overlap
-    width: int = 256  # numbers per token, channels at full resolution (unet), or numbers per layer (mlp)
-    depth: int = 4  # blocks, blocks per resolution (unet), or layers (mlp)
-    heads: int = 4  # attention heads
-    norm: str = "rms"  # rms or derf
-    attention: str = "auto"  # fused, hand (written out), or auto: the faster one
+    network: str = flag("transformer", "transformer, unet or mlp", choices=tuple(model.NETWORKS))
+    patch: int = flag(4, "pixels a side of a patch")
+    stride: int = flag(4, "pixels from one patch to the next; below --patch they overlap")
+    width: int = flag(256, "numbers per token (transformer), channels at full resolution (unet), or per layer (mlp)")
+    depth: int = flag(4, "blocks (transformer), blocks per resolution (unet), or layers (mlp)")
+    heads: int = flag(4, "attention heads")
+    norm: str = flag("rms", "normalisation in the transformer", choices=tuple(model.NORMS))
+    attention: str = flag("auto", "fused (torch's), hand (written out), or auto: the faster one",
+                          choices=tuple(model.ATTENTION))
     # optimisation
-    optimizer: str = "muon"  # muon (for the matrices of the transformer's blocks, AdamW for the rest) or adamw
-    steps: int = 700  # gradient steps
-    batch: int = 32  # samples a step, over all processes together
-    lr: float = 3e-3  # peak learning rate
-    warmup: int = 30  # steps of linear warm-up
-    cooldown: float = 0.4  # the last part of the steps, in which the rate falls linearly to zero
-    decay: float = 0.0  # weight decay
-    clip: float = 1.0  # larger gradients are scaled down to this norm
-    ema: float = 0.98  # decay of the averaged weights, the ones to sample from
+    optimizer: str = flag("muon", "muon (for the matrices in the transformer's blocks; AdamW for the rest) or adamw",
+                          choices=("muon", "adamw"))
+    steps: int = flag(700, "gradient steps")
+    batch: int = flag(32, "samples a step, over all processes together")
+    lr: float = flag(3e-3, "peak learning rate", low=1e-9)
+    warmup: int = flag(30, "steps of linear warm-up", low=0)
+    cooldown: float = flag(0.4, "last fraction of the steps, in which the rate falls linearly towards zero", high=1)
+    decay: float = flag(0.0, "weight decay")
+    clip: float = flag(1.0, "gradients of a larger norm are scaled down to this one", low=1e-9)
+    ema: float = flag(0.98, "decay of the averaged weights, the ones to sample from", high=1)
     # the run
-    seed: int = 0  # all randomness follows from it
-    device: str = "auto"  # auto, cpu, cuda or mps
-    bf16: bool = True  # matrix products, and what lies between, in bfloat16, where the hardware has them
-    compile: bool = None  # torch.compile; by default on CUDA, where it pays at once
-    out: str = ""  # where results go; by default out/<data>-<res>
-    report: int = 20  # steps between lines of progress
-    preview: int = 175  # steps between previews, held-out losses and checkpoints
-
-
-def preset(name, res, kind=None):
-    """The fields that differ from Config's own, which are tuned for three minutes of cartoon faces on two CPU cores.
-
-    kind: the network, where the user names it.
-    """
-    if name in data.POINTS:
-        return dict(model="mlp", width=64, predict="v", time="uniform", optimizer="adamw", steps=3000, batch=256,
-                    lr=2e-3, ema=0.999, report=200, preview=1000)
-    # For small pictures the formula's mean, 1.3 at 32 pixels, sees too little noise in few steps: faces fall apart,
-    # and labels, which say most where little is to be seen, go unheard.
-    fields = dict(t_mean=min(0.0, fm.logit_normal_mean(res)))
-    if name in data.OFFICIAL:
-        kind = kind or "unet"
-        fields = dict(model="unet", cond="all", flip=name != "mnist", t_mean=-0.4, steps=2000, batch=64, warmup=100,
-                      ema=0.995, report=50, preview=500)
-    elif res >= 128:  # at 256: JiT-B/16 with patches that overlap, about 115M parameters
-        fields |= dict(width=768, depth=12, heads=12, optimizer="adamw", lr=2e-4, batch=128, steps=160_000,
-                       warmup=2000, cooldown=0.0, ema=0.9999, report=50, preview=2000)
-    elif res > 32:
-        fields |= dict(width=384, depth=8, heads=6, batch=64, lr=1e-3, steps=20_000, warmup=500, ema=0.999, report=50,
-                       preview=1000)
-    if kind == "unet":
-        return fields | dict(width=32, depth=2, heads=4, optimizer="adamw", lr=2e-3)
-    patch, stride = fitting_patches(res, res // 16 if res >= 128 else res // 8)
-    return fields | dict(patch=patch, stride=stride)
-
-
-def fitting_patches(res, patch):
-    """(patch, stride) that tile the picture: a patch of about the given size, and of it about three quarters, rather
-    more than less, for speed."""
-    pairs = [(p, s) for p in range(1, 2 * patch) for s in model.strides_that_fit(res, p)]
-    return min(pairs, key=lambda pair: (abs(pair[0] / patch - 1) + abs(pair[1] / pair[0] - 0.75), -pair[1]))
-
-
-CHOICES = {"predict": ["x", "e", "v"], "loss": ["x", "e", "v"], "path": fm.PATHS, "time": ["logit-normal", "uniform"],
-           "model": model.KINDS, "norm": model.NORMS, "attention": model.ATTENTION, "optimizer": ["muon", "adamw"]}
-# The least that a number may be, and the most, other than 1 and a billion (if it is whole) or 0 and 1e38.
-LIMITS = {"res": (8, 10**4), "seed": (0, 2**63 - 1), "warmup": (0, 10**9)}
-LIMITS |= {"lr": (1e-9, 1e38), "clip": (1e-9, 1e38), "t_mean": (-1e38, 1e38)}
-LIMITS |= dict.fromkeys(("cooldown", "ema", "drop", "cover"), (0, 1))
-# If any of these changed, a checkpoint's weights would mean something else, or not fit.
-FIXED = "data res predict path model patch stride width depth heads norm optimizer cond".split()
-PREVIEW_PICTURES, PREVIEW_STEPS, HELD_OUT_PICTURES = 16, 20, 200
-
-
-def parse(argv):
-    """Command line -> (given fields, resume, bench). The flags and their help are Config and its comments."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = data.refuse
-    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config).replace("%", "%%"), re.M))
-    for field in dataclasses.fields(Config):
-        how = dict(type=field.type, choices=CHOICES.get(field.name), metavar=field.name.upper())
-        if field.type in (int, float):
-            usual = (1, 10**9) if field.type is int else (0, 1e38)
-            how["type"] = data.between(field.type, *LIMITS.get(field.name, usual))
-        if field.type is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        parser.add_argument("--" + field.name.replace("_", "-"), help=f"{helps[field.name]} [{field.default}]", **how)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--bench", action="store_true", help="time the training step instead of training")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
-        data.refuse(f"no flag {unknown[0]}; did you mean {near[0] if near else '--help'}?")
-    given = vars(args)
-    return given, given.pop("resume", False), given.pop("bench", False)
-
-
-def resolve(given):
-    """The given fields over the preset's over Config's. Refuses what cannot work."""
-    name = given.get("data", Config.data)
-    res = given.get("res", data.usual_res(name))
-    config = Config(**{"res": res, **preset(name, res, given.get("model")), **given})
-    config.out = config.out or str(data.folder(name, res))
-    for place in filter(Path.is_file, [Path(config.out), *Path(config.out).parents]):
-        data.refuse(f"--out {config.out}: {place} is a file")
-    if (config.model == "mlp") != (name in data.POINTS):
-        data.refuse(f"--model {config.model} --data {name}: mlp is for points, transformer and unet are for pictures")
-    of_networks = {"patch", "stride", "width", "depth", "heads", "norm", "attention"}
-    for unknown in of_networks & given.keys() - inspect.signature(model.KINDS[config.model]).parameters.keys():
-        data.refuse(f"--{unknown} means nothing to --model {config.model}")
-    return config
-
-
-def network(config, labels=0):
-    """What model.build needs: those fields of Config that the network has a parameter for. labels: how many."""
-    fields = vars(config) | dict(channels=data.channels(config.data), labels=labels)
-    wanted = inspect.signature(model.KINDS[config.model]).parameters
-    return dict(kind=config.model) | {name: fields[name] for name in wanted if name in fields}
+    seed: int = flag(0, "all randomness follows from it", low=0, high=2**63 - 1)
+    device: str = flag("auto", "auto, cpu, cuda or mps")
+    bf16: bool = flag(True, "autocast to bfloat16, where the hardware has it")
+    compile: bool = flag(None, "torch.compile; by default on CUDA, where it pays at once")
+    out: str = flag("", "where results go; by default out/<data>-<res>")
+    report: int = flag(20, "steps between lines of progress")
+    preview: int = flag(175, "steps between previews, held-out losses and checkpoints")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What goes into a step
+# A training step: what goes in, the loss, the update
 
 
-def batch(config, images, labels, step, rank, world, device):
-    """One process's share of a step: x, e, t, y and jitter, a pure function of (seed, step, rank).
+def draw_batch(config, images, labels, step, rank, world, device):
+    """What goes into a step: x, e, t, y and jitter (or None), the same each time for the same seed, step and process.
 
-    images, labels: the dataset's arrays; labels, (N,) or (N, K), are -1 where there is none, and y also where hidden.
+    images, labels: the arrays of the dataset, see `data.load`. rank: which of the processes this is; world: how many
+    there are (1 without torchrun). Each draws its own share of the batch.
     """
     n = config.batch // world
-    g = torch.Generator(device).manual_seed(data.key(config.seed, data.BATCH, step, rank))
-    train, _ = data.split(len(images))
-    chosen = train[data.batch_indices(len(train), config.batch, step, config.seed).reshape(world, n)[rank]]
-    x = data.to_tensor(images[chosen], device)
+    g = torch.Generator(device).manual_seed(data.seed_from(config.seed, data.BATCH, step, rank))
+    training, _ = data.split(len(images))
+    indices = training[data.batch_indices(len(training), config.batch, step, config.seed)]
+    mine = indices[rank * n : (rank + 1) * n]
+    x, y = data.to_tensor(images[mine], device), data.send(labels[mine], device)
     if config.flip and x.dim() == 4:
-        x = torch.where(torch.rand(n, 1, 1, 1, generator=g, device=device) < 0.5, x, x.flip(3))
+        coin = torch.rand(n, 1, 1, 1, generator=g, device=device)
+        x = torch.where(coin < 0.5, x, x.flip(3))
     e = torch.randn(x.shape, generator=g, device=device)
     if config.ot:
         e = fm.ot_pair(x, e, config.ot_block)
-    mean = config.t_mean if config.time == "logit-normal" else None
-    t = fm.sample_t(n, mean, cover=config.cover, generator=g, device=device)
-    y = data.send(labels[chosen], device)
-    y[torch.rand(n, generator=g, device=device) < config.drop] = -1  # a coin for each sample
+    t = fm.sample_t(n, config.times, config.t_mean, config.cover, g, device)
+    y = model.hide(y, torch.rand(n, generator=g, device=device) < config.drop)  # a coin for each sample
     jitter = config.jitter * torch.randn(x.shape, generator=g, device=device) if config.jitter else None
     return x, e, t, y, jitter
+
+
+def train_step(config, step, net, ema, optimizers, batch):
+    """The loss and the update. Returns the loss as a tensor, since .item() would make the CPU wait for a GPU."""
+    x, e, t, y, jitter = batch
+    with sample.autocast(x.device, config.bf16):
+        losses = fm.loss(net, x, e, t, y, config.predict, config.target, fm.PATHS[config.path], jitter)
+    if config.cover:
+        losses = losses * fm.importance(t, config.times, config.t_mean, config.cover)
+    loss = losses.mean()
+
+    net.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+            group["weight_decay"] = config.decay
+        optimizer.step()
+
+    # An average over the last 1 / (1 - ema) steps samples better than the latest weights. Early in the run it reaches
+    # less far back, so that the random weights of the start are soon forgotten.
+    keep = min(config.ema, (1 + step) / (10 + step))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - keep)
+    return loss.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def train(config, checkpoint, rank, world, device):
+    """The loop. Goes on from a checkpoint, or starts anew if that is None. Returns the averaged network."""
+    images, labels, label_names = load_dataset(config, checkpoint, world)
+    net, ema, optimizers, sizes = build_networks(config, checkpoint, len(label_names), device, world)
+    fast = wrap(net, config, world, device)
+    out = Path(config.out)
+    if rank == 0:
+        prepare_folder(out, checkpoint)
+    first, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
+    # What all checkpoints of the run have in common; the log grows.
+    about = dict(config=vars(config), net=sizes, label_names=label_names, multi_hot=labels.ndim == 2, n=len(images),
+                 log=log)
+    signals = note_signals()
+    began = clock = time.perf_counter()
+    reported, total = first, torch.zeros((), device=device)
+
+    for step in range(first, config.steps):
+        if rank == 0 and step == cooldown_start(config):
+            save(out / "stable.pt", about, step, net, ema, optimizers)
+        batch = draw_batch(config, images, labels, step, rank, world, device)
+        total += train_step(config, step, fast, ema, optimizers, batch)
+        done = step + 1
+        stop = stop_signal(signals, world)
+        # Asked to stop, it saves at once, without the slower held-out loss and preview.
+        milestone = done == config.steps or (done % config.preview == 0 and not stop)
+        if rank == 0 and (milestone or stop or done % config.report == 0):
+            # .item() makes the CPU wait for the device, so it is called rarely.
+            loss = total.item() / (done - reported)  # of this process's share of the batch
+            rate = (done - reported) * config.batch / (time.perf_counter() - clock)
+            row = report(config, step, loss, rate)
+            if milestone:
+                row.update(held_out(ema, config, images, labels, device))
+                print(f"held-out loss {row['held_out']:.4f}", flush=True)
+            log.append(row)
+            if not np.isfinite(list(row.values())).all():
+                data.fail(f"the loss is no longer finite at step {done}; try a lower --lr", status=1)
+            if milestone or stop:
+                save(out / "ckpt.pt", about, done, net, ema, optimizers)
+                write_log(out, log)
+            if milestone:
+                preview(ema, config, images, labels, device).save(out / "samples" / f"{done:06d}.png")
+            total.zero_()
+            reported, clock = done, time.perf_counter()
+        if stop:
+            break
+
+    leave_processes(world)
+    if done < config.steps:
+        print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
+        sys.exit(128 + stop)
+    print(f"{time.perf_counter() - began:.0f} s; weights, log and pictures are in {out}/")
+    if rank == 0 and config.dataset in data.POINTS:
+        measure_points(ema, config, device)
+    return ema
+
+
+def build_networks(config, checkpoint, label_count, device, world):
+    """The network, its average, the optimizers, and the sizes from which a checkpoint rebuilds the network."""
+    torch.manual_seed(config.seed)
+    sizes = network_sizes(config, label_count)
+    net = model.build(**sizes).to(device)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimizers = make_optimizers(net, config)
+    if checkpoint:
+        net.load_state_dict(checkpoint["weights"])
+        ema.load_state_dict(checkpoint["ema"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+    count = sum(w.numel() for w in net.parameters())
+    print(f"{count / 1e6:.2f}M parameters on {world} x {device.type}", flush=True)
+    return net, ema, optimizers, sizes
+
+
+def network_sizes(config, label_count):
+    """What `model.build` needs: the fields of Config that the chosen network has."""
+    if config.network == "mlp":
+        return dict(kind="mlp", width=config.width, depth=config.depth)
+    sizes = dict(kind=config.network, res=config.res, channels=data.channels(config.dataset), width=config.width,
+                 depth=config.depth, heads=config.heads, attention=config.attention, labels=label_count)
+    if config.network == "transformer":
+        sizes.update(patch=config.patch, stride=config.stride, norm=config.norm)
+    return sizes
+
+
+def make_optimizers(net, config):
+    """AdamW for all weights; or Muon for the matrices inside the blocks and AdamW for the rest. Each step sets their
+    learning rate and weight decay."""
+    weights = dict(net.named_parameters())
+    matrices = []
+    if config.optimizer == "muon":
+        for name in block_matrices(net):
+            matrices.append(weights.pop(name))
+    optimizers = [torch.optim.AdamW(weights.values(), betas=(0.9, 0.95), fused=True)]
+    if matrices:
+        optimizers.append(Muon(matrices))
+    return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Moves a matrix along the orthogonal matrix nearest to its averaged gradient, so that all its directions learn at
+    one pace (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Its steps are scaled to the size of
+    AdamW's (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both. In short runs it needs about half of
+    AdamW's steps. torch.optim.Muon does the same, but always in bfloat16: seconds a step on a CPU without it."""
+
+    def __init__(self, matrices):
+        super().__init__(matrices, dict(lr=0.0, weight_decay=0.0))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                state = self.state[w]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(w)
+                average = state["momentum_buffer"].lerp_(w.grad, 0.05)
+                update = nearest_orthogonal(w.grad.lerp(average, 0.95))  # Nesterov: the latest gradient counts twice
+                w.mul_(1 - group["lr"] * group["weight_decay"])
+                w.add_(update, alpha=-group["lr"] * 0.2 * max(w.shape) ** 0.5)
+
+
+def nearest_orthogonal(g, rounds=3):
+    """About U V^T of a matrix g = U S V^T. Each round takes a singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5,
+    which brings all but the smallest near 1 within a few rounds: three are as good here as Jordan's five."""
+    tall = g.shape[0] > g.shape[1]
+    x = g.bfloat16() if sample.has_bf16(g.device) else g
+    x = x.T if tall else x  # the smaller product x x^T
+    x = x / x.norm().clamp(min=1e-7)  # so that no singular value is above 1
+    for _ in range(rounds):
+        gram = x @ x.T
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # -4.7750 gram + 2.0315 gram gram
+        x = torch.addmm(x, polynomial, x, beta=3.4445)  # 3.4445 x + polynomial x
+    return x.T if tall else x
+
+
+def block_matrices(net):
+    """Names of the matrices in net.blocks that act on tokens, so not the modulation's; empty if it has no blocks."""
+    names = []
+    for name, w in net.named_parameters():
+        if name.startswith("blocks.") and w.ndim == 2 and "modulation" not in name:
+            names.append(name)
+    return names
 
 
 def cooldown_start(config):
@@ -216,308 +306,439 @@ def learning_rate(config, step):
     return config.lr * up * down
 
 
-def make_optimizers(net, config):
-    """AdamW alone, or Muon for the matrices inside the blocks and AdamW for the rest.
+# ---------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
 
-    Muon (Jordan et al. 2024; torch.optim.Muon) replaces a matrix's mean gradient by the nearest orthogonal matrix, so
-    that all its directions learn at one pace. Scaled to the size of AdamW's steps, both share a learning rate. In
-    short runs it gets as far as AdamW in about half the steps. Three iterations towards the orthogonal matrix do here
-    what the usual five do.
-    """
-    rest = dict(net.named_parameters())
-    matrices = [name for name, w in rest.items() if w.ndim == 2 and "blocks." in name and "modulation" not in name]
-    matrices = [rest.pop(name) for name in matrices if config.optimizer == "muon"]
-    optimizers = [torch.optim.AdamW(rest.values(), betas=(0.9, 0.95), fused=True)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", ns_steps=3))
-    return optimizers  # each step sets their learning rate and weight decay
+PREVIEW_PICTURES, PREVIEW_STEPS, HELD_OUT_PICTURES = 16, 20, 200
+
+
+def report(config, step, loss, rate):
+    """Prints a line of progress, and returns it as a row of the log. rate: samples per second."""
+    done = step + 1
+    left = timedelta(seconds=round((config.steps - done) * config.batch / rate))
+    print(f"step {done:>6,}/{config.steps:,}  loss {loss:.4f}  {rate:,.0f} samples/s  ETA {left}", flush=True)
+    return {"step": done, "loss": loss, "lr": learning_rate(config, step), "samples_s": rate}
 
 
 @torch.no_grad()
 def held_out(net, config, images, labels, device):
-    """Loss on held-out data in ten bins of t from noise to data; the same data and noise each time. All bins count the
-    same, unlike in training, and --ot pairs nothing here: compare held-out losses with one another."""
-    n = 1000 if config.data in data.POINTS else HELD_OUT_PICTURES
-    chosen = np.resize(data.split(len(images))[1], n)  # a tiny dataset repeats itself
-    x, y = data.to_tensor(images[chosen], device), data.send(labels[chosen], device)
-    e = torch.randn(x.shape, generator=torch.Generator().manual_seed(data.key(0, data.HELD_OUT, 1)))
-    t = (torch.arange(len(x), device=device) + 0.5) / len(x)
-    net = sample.batched(net, 50)
-    with sample.autocast(device, config.bf16):
-        losses = fm.loss(net, x, e.to(device), t, y, config.predict, config.loss, fm.PATHS[config.path])
-    return [part.mean().item() for part in losses.tensor_split(10)]
+    """The loss on held-out data: {"held_out": mean, "t0": first tenth of the times, ..., "t9": last tenth}.
+
+    The data, the noise and the times are the same each time. All times count the same, unlike in training, where most
+    are drawn near the mean: so this number is not the training loss, however well a run generalises.
+    """
+    n = 1000 if config.dataset in data.POINTS else HELD_OUT_PICTURES
+    chosen = np.resize(data.split(len(images))[1], n)  # repeats a small dataset's samples
+    x = data.to_tensor(images[chosen], device)
+    y = data.send(labels[chosen], device)
+    g = torch.Generator().manual_seed(data.seed_from(0, data.HELD_OUT, 1))
+    e = torch.randn(x.shape, generator=g).to(device)
+    t = (torch.arange(n, device=device) + 0.5) / n
+    losses = []
+    for part in torch.arange(n).split(50):
+        with sample.autocast(device, config.bf16):
+            losses.append(fm.loss(net, x[part], e[part], t[part], y[part], config.predict, config.target,
+                                  fm.PATHS[config.path]))
+    bins = torch.cat(losses).view(10, n // 10).mean(1).tolist()
+    row = {"held_out": sum(bins) / 10}
+    for i, loss in enumerate(bins):
+        row[f"t{i}"] = loss
+    return row
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a run leaves behind
+def preview(ema, config, images, labels, device):
+    """A picture of samples, always from the same noise and held-out labels, so that previews can be compared."""
+    n = 2000 if config.dataset in data.POINTS else PREVIEW_PICTURES
+    chosen = np.resize(data.split(len(images))[1], n)
+    y = data.send(labels[chosen], device)
+    e = sample.noise(range(n), sample.shape_of(config), seed=0).to(device)
+    x, _ = sample.generate(ema, config, e, PREVIEW_STEPS, y=y)
+    return sample.draw(x, config)
 
 
-def save(path, checkpoint):
-    """Replaces path whole or not at all: a kill or a full disk leaves the old file. Refuses broken weights."""
-    if not all(w.isfinite().all() for w in checkpoint["weights"].values()):
-        data.refuse(f"the weights are no longer finite; {path} is left as it was; try a lower --lr", status=1)
-    part = path.with_suffix(".part")
+def save(file, about, step, net, ema, optimizers):
+    """Writes a checkpoint, whole or not at all: a kill or a full disk leaves the old one. Refuses broken weights."""
+    weights = net.state_dict()
+    if not all(w.isfinite().all() for w in weights.values()):
+        data.fail(f"the weights are no longer finite; {file} is left as it was; try a lower --lr", status=1)
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    checkpoint = {**about, "step": step, "weights": weights, "ema": ema.state_dict(), "optimizers": states}
+    part = file.with_suffix(".part")
     try:
-        with open(part, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with open(part, "wb") as out:
+            torch.save(checkpoint, out)
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(file)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         part.unlink(missing_ok=True)
-        data.refuse(f"could not write {path} ({error}); what was there before is untouched", status=1)
-
-
-def resume_from(given):
-    """(checkpoint, config): the one in the run's folder, its config changed by the given fields.
-
-    More --steps move the cool-down, so a run whose learning rate has already begun to fall goes back to stable.pt,
-    saved at the moment before it did. So k steps and then n - k more are the same as n steps at once, to the bit.
-    """
-    out = Path(given.get("out") or resolve(given).out)
-    last = sample.read_checkpoint(out / "ckpt.pt")
-    if last["config"].keys() - vars(Config()):
-        data.refuse(f"{out / 'ckpt.pt'} is of another version of this program; start anew: --out DIR")
-    was, done = Config(**last["config"]), last["step"]
-    config = dataclasses.replace(was, **{**given, "out": str(out)})
-    for field in FIXED:
-        if getattr(config, field) != getattr(was, field):
-            data.refuse(f"--{field} {getattr(config, field)}: {out} was trained with {getattr(was, field)!r}; leave "
-                        f"the flag out (with --out {out}), or start anew: --out DIR")
-    if done >= config.steps:
-        data.refuse(f"{out} is at step {done} already; to train longer, ask for more: --steps {2 * done}")
-    fell, falls = cooldown_start(was), cooldown_start(config)
-    same = (config.steps, config.cooldown) == (was.steps, was.cooldown)
-    if same or done <= min(fell, falls):  # until it falls, the rate does not depend on --steps
-        return last, config
-    stable = out / "stable.pt"
-    if stable.exists() and (earlier := sample.read_checkpoint(stable))["step"] <= falls:
-        return earlier | {"ahead": done}, config
-    data.refuse(f"in {out} the rate has begun to fall, and there is no {stable} from before step {falls}, where it "
-                f"would now: ask for more --steps or less --cooldown, or start anew: --out DIR")
-
-
-def set_aside(out):
-    """A new run never overwrites an old one: what lies in its place moves to out/before-1, or -2, ..."""
-    ours = ("ckpt*.pt", "stable.pt", "log.csv", "w2.csv", "loss.png", "samples")
-    old = [path for name in ours for path in out.glob(name)]
-    if old:
-        place = next(p for p in (out / f"before-{i}" for i in range(1, 1_000_000)) if not p.exists())
-        place.mkdir()
-        for path in old:
-            path.rename(place / path.name)
-        print(f"{out} held an earlier run; it is now in {place}")
+        data.fail(f"could not write {file} ({error}); what was there before is untouched", status=1)
 
 
 COLUMNS = ["step", "loss", "lr", "samples_s", "held_out", *(f"t{i}" for i in range(10))]
 
 
-def write_log(out, rows):
-    """log.csv and its picture. What a kill leaves half written is written again: the checkpoint has the rows, too."""
+def write_log(out, log):
+    """log.csv and its picture, each time anew from all rows: what a kill cut short is whole again after a resume."""
     with open(out / "log.csv", "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *([row.get(name) for name in COLUMNS] for row in rows)])
-    curves = {name: [(row["step"], row[column]) for row in rows if column in row]
-              for name, column in (("training loss", "loss"), ("held-out loss, all t alike", "held_out"))}
-    data.plot({name: tuple(zip(*curve)) for name, curve in curves.items() if curve}, "step").save(out / "loss.png")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(log)
+    curves = {}
+    for name, column in (("training loss", "loss"), ("held-out loss, all t alike", "held_out")):
+        rows = [row for row in log if column in row]
+        if rows:
+            curves[name] = [row["step"] for row in rows], [row[column] for row in rows]
+    data.plot(curves, "step").save(out / "loss.png")
 
 
-def preview(ema, config, images, labels, device):
-    """A picture of samples, always from the same noise (and held-out labels), so that previews can be compared."""
-    n = 2000 if config.data in data.POINTS else PREVIEW_PICTURES
-    y = data.send(labels[np.resize(data.split(len(images))[1], n)], device)
-    e = sample.noise(n, sample.shape_of(vars(config)), seed=0).to(device)
-    x, _ = sample.generate(ema, vars(config), e, PREVIEW_STEPS, y=y)
-    return sample.draw(x, vars(config))
+def measure_points(ema, config, device):
+    """Prints, and writes to w2.csv, how far samples are from fresh data, by the number of Euler steps: exact W2 on
+    2,048 points. If paths are straight, few steps already come close. Perfect samples would score about what other
+    fresh data do."""
+    distances = wasserstein(ema, config, device)
+    with open(Path(config.out) / "w2.csv", "w") as file:
+        file.write("euler_steps,w2\n")  # 0 steps: data against data
+        for steps, distance in distances.items():
+            file.write(f"{steps},{distance:g}\n")
+    data_to_data = distances.pop(0)
+    by_steps = "  ".join(f"{steps}: {distance:.3f}" for steps, distance in distances.items())
+    print(f"W2 to the data, by Euler steps: {by_steps}  (data against data: {data_to_data:.3f})")
 
 
 def wasserstein(ema, config, device):
-    """How far samples are from fresh data, by number of Euler steps: exact W2 on 2,048 points (claims of straighter
-    paths are claims about few steps). Returns {steps: W2}; 0 steps stands for the floor, data against data."""
-    fresh, other = (data.points(config.data, 2048, data.key(1, data.HELD_OUT, i)) for i in range(2))
-    e = sample.noise(2048, (2,), seed=1).to(device)
-    clouds = {0: other} | {k: sample.generate(ema, vars(config), e, k)[0].cpu() for k in (1, 2, 4, 10, 100)}
+    """{Euler steps: W2}; 0 stands for data against data."""
+    fresh = data.points(config.dataset, 2048, data.seed_from(1, data.HELD_OUT, 0))
+    clouds = {0: data.points(config.dataset, 2048, data.seed_from(1, data.HELD_OUT, 1))}
+    e = sample.noise(range(2048), (2,), seed=1).to(device)
+    for steps in (1, 2, 4, 10, 100):
+        x, _ = sample.generate(ema, config, e, steps)
+        clouds[steps] = x.cpu()
     with ThreadPoolExecutor() as pool:  # scipy's assignment releases the GIL
-        return dict(zip(clouds, pool.map(lambda cloud: fm.w2(fresh, cloud), clouds.values())))
+        distances = pool.map(fm.w2, [fresh] * len(clouds), clouds.values())
+    return dict(zip(clouds, distances))
 
 
-def bench(config, sizes, train_step, device, world):
-    """Times the training step."""
+# ---------------------------------------------------------------------------------------------------------------
+# Plumbing: skip this at first. The command line, presets, resuming, several processes, --bench.
+
+
+def main(argv=None):
+    """Trains, or times (--bench), as the command line says; returns the averaged network."""
+    given, resume, bench_only = parse_flags(argv)
+    if resume:
+        checkpoint, config = resume_from(given)
+    else:
+        checkpoint, config = None, resolve(given)
+    check(config, given)
+    rank, world, device = start_processes(config)
+    print(*(f"{field}={value}" for field, value in vars(config).items()))
+    if bench_only:
+        return bench(config, checkpoint, rank, world, device)
+    return train(config, checkpoint, rank, world, device)
+
+
+def flag_of(field):
+    return field.metadata["name"] or "--" + field.name.replace("_", "-")
+
+
+def parse_flags(argv):
+    """Command line -> (the given fields of Config, resume, bench)."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = data.fail
+    flags = ["--help", "--resume", "--bench"]
+    for field in dataclasses.fields(Config):
+        about = field.metadata
+        how = dict(dest=field.name, help=f"{about['help']} [{field.default}]".replace("%", "%%"))
+        if field.type is bool:
+            how.update(action=argparse.BooleanOptionalAction)
+        elif field.type is str:
+            how.update(choices=about["choices"], metavar=field.name.upper())
+        else:
+            how.update(type=data.number(field.type, about["low"], about["high"]), metavar=field.name.upper())
+        parser.add_argument(flag_of(field), **how)
+        flags.append(flag_of(field))
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--bench", action="store_true", help="time the training step instead of training")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1) or ["--help"]
+        data.fail(f"no flag {unknown[0]}; did you mean {nearest[0]}?")
+    given = vars(args)
+    resume, bench_only = given.pop("resume", False), given.pop("bench", False)
+    return given, resume, bench_only
+
+
+def resolve(given):
+    """Config's defaults, overridden by the preset, overridden by the given fields."""
+    name = given.get("dataset", Config.dataset)
+    res = given.get("res", data.usual_res(name))
+    fields = {"res": res, **preset(name, res, given.get("network")), **given}
+    config = Config(**fields)
+    config.out = config.out or str(data.run_folder(name, res))
+    return config
+
+
+def preset(name, res, network=None):
+    """The fields that differ from Config's defaults. network: the one that the user asks for, if any."""
+    if name in data.POINTS:
+        return dict(network="mlp", width=64, predict="v", times="uniform", optimizer="adamw", steps=3000, batch=256,
+                    lr=2e-3, ema=0.999, report=200, preview=1000)
+    # For small pictures the formula gives a high mean, 1.3 at 32 pixels: mostly times with little noise. A short run
+    # then draws faces whose parts do not fit together, and ignores labels, which matter most where noise hides the
+    # picture. So the mean is at most 0.
+    fields = dict(t_mean=min(0.0, fm.logit_normal_mean(res)))
+    if name in data.OFFICIAL:
+        network = network or "unet"
+        fields.update(cond="all", flip=name != "mnist", t_mean=-0.4, steps=2000, batch=64, warmup=100, ema=0.995,
+                      report=50, preview=500)
+    elif res >= 128:  # at 256: JiT-B/16 with overlapping patches, about 115M parameters
+        fields.update(width=768, depth=12, heads=12, optimizer="adamw", lr=2e-4, batch=128, steps=160_000, warmup=2000,
+                      cooldown=0.0, ema=0.9999, report=50, preview=2000)
+    elif res > 32:
+        fields.update(width=384, depth=8, heads=6, batch=64, lr=1e-3, steps=20_000, warmup=500, ema=0.999, report=50,
+                      preview=1000)
+    if network == "unet":
+        fields.update(network="unet", width=32, depth=2, heads=4, optimizer="adamw", lr=2e-3)
+    else:
+        patch, stride = fitting_patches(res, res // 16 if res >= 128 else res // 8)
+        fields.update(patch=patch, stride=stride)
+    return fields
+
+
+def fitting_patches(res, wanted):
+    """(patch, stride) that tile the picture: a patch of about the wanted size, and a stride of about three quarters of
+    it. Of two that are equally near, the larger stride, which is faster."""
+    best, least = None, None
+    for patch in range(1, 2 * wanted):
+        for stride in model.strides_that_fit(res, patch):
+            distance = abs(patch / wanted - 1) + abs(stride / patch - 0.75)
+            if best is None or (distance, -stride) < least:
+                best, least = (patch, stride), (distance, -stride)
+    return best
+
+
+def check(config, given):
+    """Refuses what cannot work, before anything slow."""
+    out = Path(config.out)
+    for place in (out, *out.parents):
+        if place.is_file():
+            data.fail(f"--out {out}: {place} is a file")
+    if (config.network == "mlp") != (config.dataset in data.POINTS):
+        data.fail(f"--network {config.network} --data {config.dataset}: mlp is for points, transformer and unet are "
+                  f"for pictures")
+    sizes = network_sizes(config, label_count=0)
+    for field in ("patch", "stride", "width", "depth", "heads", "norm", "attention"):
+        if field in given and field not in sizes:
+            data.fail(f"--{field} means nothing to --network {config.network}")
+    try:
+        with torch.device("meta"):  # shapes without numbers: do the sizes go together?
+            net = model.build(**sizes)
+    except (ValueError, RuntimeError) as error:  # the latter for sizes beyond any memory
+        data.fail(str(error))
+    if config.optimizer == "muon" and not block_matrices(net):
+        data.fail(f"--optimizer muon is for the matrices in a network's blocks; --network {config.network} has none: "
+                  f"use --optimizer adamw")
+
+
+# If any of these changed, a checkpoint's weights or optimizers would not fit, or mean something else.
+FIXED = ("dataset", "res", "predict", "path", "network", "patch", "stride", "width", "depth", "heads", "norm",
+         "optimizer", "cond")
+
+
+def resume_from(given):
+    """(checkpoint, config) to go on with. config: the run's own, changed by the given fields.
+
+    It goes on from ckpt.pt if the cool-down has not begun by then, neither in the old run nor with the new --steps and
+    --cooldown, or if these have not changed. Else it goes back to stable.pt, the state from just before the cool-down.
+    So k steps and then n - k more give what n steps at once give, to the bit on the same machine. (Other flags, such
+    as --lr, simply act from there on.)
+    """
+    out = Path(given.get("out") or resolve(given).out)
+    latest = sample.read_checkpoint(out / "ckpt.pt")
+    old, done = vars(latest["config"]), latest["step"]
+    if old.keys() - vars(Config()):
+        data.fail(f"{out / 'ckpt.pt'} is of another version of this program; start anew: --out DIR")
+    config = Config(**{**old, **given, "out": str(out)})
+    old = Config(**old)
+    check_same_run(old, config)
+    if done >= config.steps:
+        data.fail(f"{out} is at step {done} already; to train longer, ask for more: --steps {2 * done}")
+    old_start, new_start = cooldown_start(old), cooldown_start(config)
+    same_schedule = (old.steps, old_start) == (config.steps, new_start)
+    if same_schedule or done <= min(old_start, new_start):
+        return latest, config
+    stable = out / "stable.pt"
+    if stable.exists():
+        earlier = sample.read_checkpoint(stable)
+        if earlier["step"] <= new_start:
+            earlier["keep_ckpt_as"] = f"ckpt-{done}.pt"  # the end of the shorter run, which may be wanted
+            return earlier, config
+    data.fail(f"{out} is at step {done} with another learning rate than these settings give, and there is no {stable} "
+              f"from before step {new_start} to go back to: ask for more --steps or less --cooldown, or start anew: "
+              f"--out DIR")
+
+
+def check_same_run(old, config):
+    for field in dataclasses.fields(Config):
+        was, now = getattr(old, field.name), getattr(config, field.name)
+        if field.name in FIXED and was != now:
+            data.fail(f"{flag_of(field)} {now}: {config.out} was trained with {was!r}; leave the flag out (with --out "
+                      f"{config.out}), or start anew: --out DIR")
+
+
+def prepare_folder(out, checkpoint):
+    """Makes the run's folder. A new run never overwrites an old one: its files move to out/before-1, or -2, ..."""
+    if checkpoint is None:
+        set_aside(out)
+    elif "keep_ckpt_as" in checkpoint:
+        shutil.copyfile(out / "ckpt.pt", out / checkpoint["keep_ckpt_as"])
+    data.make_folder_for(out / "samples")
+
+
+def set_aside(out):
+    old = []
+    for name in ("ckpt*.pt", "stable.pt", "log.csv", "w2.csv", "loss.png", "samples"):
+        old.extend(out.glob(name))
+    if not old:
+        return
+    number = 1
+    while (out / f"before-{number}").exists():
+        number += 1
+    aside = out / f"before-{number}"
+    aside.mkdir()
+    for file in old:
+        file.rename(aside / file.name)
+    print(f"{out} held an earlier run; it is now in {aside}")
+
+
+def start_processes(config):
+    """(rank, world, device). torchrun starts several processes (world) and tells each its number (rank), and its
+    number on its machine (local rank), through the environment. Without torchrun there is one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = sample.pick_device(config.device)
+    if config.batch % world:
+        data.fail(f"--batch {config.batch} does not split evenly over {world} processes")
+    if rank > 0:  # only the first process prints
+        sys.stdout = open(os.devnull, "w")
+    if world > 1:
+        backend = "gloo"
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank())
+            torch.cuda.set_device(device)
+            backend = "cpu:gloo,cuda:nccl"
+        # Hours, because the other processes wait while one packs the dataset.
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
+    if config.network == "mlp" and device.type == "cpu":
+        torch.set_num_threads(1)  # its layers take microseconds; sharing one among threads takes longer
+    return rank, world, device
+
+
+def local_rank():
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def load_dataset(config, checkpoint, world):
+    """(images, labels, label_names). One process of each machine packs the dataset while the others wait; then they
+    find the pack ready."""
+    if local_rank() == 0:
+        if config.download and config.dataset in data.OFFICIAL:
+            data.download(config.dataset, Path(config.root))
+        dataset = data.load(config.dataset, config.root, config.res)
+    if world > 1:
+        dist.barrier()
+    if local_rank() > 0:
+        dataset = data.load(config.dataset, config.root, config.res)
+    images, labels, label_names = dataset
+    labels, label_names = data.choose_labels(labels, label_names, config.cond)
+    if checkpoint and (checkpoint["label_names"], checkpoint["n"]) != (label_names, len(images)):
+        data.fail(f"the data, or their labels, are no longer those of {config.out}; start anew: --out DIR")
+    return images, labels, label_names
+
+
+def wrap(net, config, world, device):
+    """The network as training calls it: for several processes, compiled, both, or as it is."""
+    if world > 1:
+        # All buffers are constants, so the processes need not exchange them.
+        net = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    if config.compile or (config.compile is None and device.type == "cuda"):
+        net = torch.compile(net)
+    return net
+
+
+def note_signals():
+    """From now on Ctrl-C and SIGTERM only add their numbers to the list that is returned, so that the loop can finish
+    its step and save."""
+    received = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: received.append(number))
+    return received
+
+
+def stop_signal(received, world):
+    """The number of the signal that asked a process to stop, or 0; the same in all, so that all stop together."""
+    number = torch.tensor(max(received, default=0))
+    if world > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)  # between CPUs
+    return int(number)
+
+
+def leave_processes(world):
+    if world > 1:
+        dist.barrier()  # when one process ends by a signal, torchrun ends all, even one that still saves
+        dist.destroy_process_group()
+
+
+def bench(config, checkpoint, rank, world, device):
+    """Times the training step, and compares its arithmetic with a plain matrix product's."""
     from torch.utils.benchmark import Timer  # only here, since it takes long to import
 
+    images, labels, label_names = load_dataset(config, checkpoint, world)
+    net, ema, optimizers, sizes = build_networks(config, checkpoint, len(label_names), device, world)
+    net = wrap(net, config, world, device)
     calls = 10 if device.type == "cuda" else 1  # in a row, so that a GPU's queue stays filled
 
-    def seconds(f):
-        """Median time of a call over five repeats, each after a warm-up. As many on every process: they wait for
-        one another in each step."""
-        timer = Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
+    def one_step():
+        batch = draw_batch(config, images, labels, 0, rank, world, device)
+        train_step(config, 0, net, ema, optimizers, batch)
+
+    def seconds(function):
+        """Median time of a call over five repeats, each after a warm-up. The count is fixed, because all processes
+        must take the same number of steps."""
+        timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
         return np.median([timer.timeit(calls).mean for _ in range(5)])
 
-    step = seconds(lambda: train_step(0))
+    step = seconds(one_step)
     memory = torch.cuda.max_memory_allocated() / 2**30
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers, to count
-        model.build(**sizes)(torch.empty(1, *sample.shape_of(vars(config))), torch.empty(1))
-    flop = 3 * counter.get_total_flops()  # the backward pass costs two forward passes
+    flop = flop_per_sample(sizes, sample.shape_of(config))
     rate = config.batch / step * flop
     print(f"{step * 1e3:.1f} ms/step  {config.batch / step:,.1f} samples/s  {flop / 1e9:.3f} GFLOP/sample  "
           f"{rate / 1e9:,.0f} GFLOP/s")
     n = 8192 if device.type == "cuda" else 2048
-    for kind in (torch.float32, torch.bfloat16)[: 1 + sample.has_bf16(device)]:
-        a = torch.randn(n, n, dtype=kind, device=device)
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        if name == "bfloat16" and not sample.has_bf16(device):
+            continue
+        a = torch.randn(n, n, dtype=dtype, device=device)
         top = 2 * n**3 / seconds(lambda: a @ a) * world
-        print(f"  {rate / top:.0%} of a plain {kind} matrix product's {top / 1e9:,.0f} GFLOP/s".replace("torch.", ""))
+        print(f"  {rate / top:.0%} of a plain {name} matrix product's {top / 1e9:,.0f} GFLOP/s")
     if device.type == "cuda":
-        gpu = torch.cuda.get_device_name()
-        mfu = [f"MFU {rate / world / peak / 1e12:.1%} of {peak} TFLOP/s (datasheet)"
-               for name, peak in PEAK_TFLOPS.items() if name in gpu]
-        print(f"  {gpu}", *mfu, f"peak memory {memory:.1f} GiB", sep="  ")
+        gpu, words = torch.cuda.get_device_name(), []
+        for name, peak in PEAK_TFLOPS.items():
+            if name in gpu:
+                words.append(f"MFU {rate / world / peak / 1e12:.1%} of {peak} TFLOP/s (datasheet)")
+        print(f"  {gpu}", *words, f"peak memory {memory:.1f} GiB", sep="  ")
 
 
 # Dense bf16 with float32 sums, from the makers' datasheets.
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The run
-
-
-def main(argv=None):
-    """Trains, or times (--bench), as the command line says; returns the averaged network."""
-    given, resume, bench_only = parse(argv)
-    checkpoint, config = resume_from(given) if resume else ({"step": 0, "log": []}, resolve(given))
-    # torchrun says how many processes there are and which one this is, of all and on its machine.
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    if rank > 0:  # only the first process speaks
-        sys.stdout = open(os.devnull, "w")
-    device = sample.pick_device(config.device)
-    if config.batch % world:
-        data.refuse(f"--batch {config.batch} does not split evenly over {world} processes")
-    try:
-        with torch.device("meta"):  # before anything slow: do the sizes go together?
-            model.build(**network(config))
-    except (ValueError, RuntimeError) as error:  # the latter for a size that no memory has
-        data.refuse(str(error))
-
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        # Hours, because the other processes wait while one packs.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
-    if config.model == "mlp" and device.type == "cpu":
-        torch.set_num_threads(1)  # its layers take microseconds, sharing one among threads takes longer
-
-    if local > 0:
-        dist.barrier()  # while the first process of this machine packs
-    if config.download and config.data in data.OFFICIAL:
-        data.download(config.data, Path(config.root))
-    images, labels, label_names = data.load(config.data, config.root, config.res)
-    if world > 1 and local == 0:
-        dist.barrier()
-    labels, label_names = data.choose_labels(labels, label_names, config.cond)
-    if resume and (label_names, len(images)) != (checkpoint["label_names"], checkpoint["n"]):
-        data.refuse(f"the data, or their labels, are no longer those of {config.out}; start anew: --out DIR")
-    torch.manual_seed(config.seed)
-    sizes = network(config, len(label_names))
-    net = model.build(**sizes).to(device)
-    ema = copy.deepcopy(net).requires_grad_(False)
-    optimizers = make_optimizers(net, config)
-    if resume:
-        states = checkpoint["weights"], checkpoint["ema"], *checkpoint["optimizers"]
-        for part, state in zip((net, ema, *optimizers), states):
-            part.load_state_dict(state)
-    weights, averaged = list(net.parameters()), list(ema.parameters())
-    # All buffers are constants, so the processes need not exchange them.
-    fast = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
-    if config.compile or (config.compile is None and device.type == "cuda"):
-        fast = torch.compile(fast)
-
-    def train_step(step):
-        """The whole method. Returns the loss as a tensor: reading it would make the CPU wait."""
-        x, e, t, y, jitter = batch(config, images, labels, step, rank, world, device)
-        with sample.autocast(device, config.bf16):
-            loss = fm.loss(fast, x, e, t, y, config.predict, config.loss, fm.PATHS[config.path], jitter)
-        if config.cover and config.time != "uniform":
-            loss = loss * fm.importance(t, config.t_mean, config.cover)
-        loss = loss.mean()
-        net.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, config.clip)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group.update(lr=learning_rate(config, step), weight_decay=config.decay)
-            optimizer.step()
-        # The average forgets the first weights fast: its memory grows with the run, up to 1 / (1 - ema) steps.
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, weights, 1 - min(config.ema, (1 + step) / (10 + step)))
-        return loss.detach()
-
-    out, first, rows = Path(config.out), checkpoint["step"], checkpoint["log"]
-
-    def keep(name, step):
-        save(out / name, {"step": step, "config": vars(config), "net": sizes, "label_names": label_names, "log": rows,
-                          "n": len(images), "weights": net.state_dict(), "ema": ema.state_dict(),
-                          "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-
-    print(*(f"{name}={value}" for name, value in vars(config).items()))
-    print(f"{sum(w.numel() for w in weights) / 1e6:.2f}M parameters on {world} x {device.type}", flush=True)
-    if bench_only:
-        return bench(config, sizes, train_step, device, world)
-
-    if rank == 0:
-        if not resume:
-            set_aside(out)
-        if "ahead" in checkpoint:  # ckpt.pt is ahead of the state that we go on from; it may be wanted
-            shutil.copyfile(out / "ckpt.pt", out / f"ckpt-{checkpoint['ahead']}.pt")
-        data.check_writable(out / "samples")
-    stop = []  # the signal that asked us to
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
-    total, reported, began, started = torch.zeros((), device=device), first, time.perf_counter(), time.perf_counter()
-    for step in range(first, config.steps):
-        if rank == 0 and step == cooldown_start(config):
-            keep("stable.pt", step)
-        total += train_step(step)
-        done = step + 1
-        signalled = torch.tensor(max(stop, default=0))
-        if world > 1:
-            dist.all_reduce(signalled, dist.ReduceOp.MAX)  # between CPUs; so that all leave after the same step
-        milestone = done == config.steps or (done % config.preview == 0 and not signalled)
-        if rank == 0 and (milestone or signalled or done % config.report == 0):
-            # The one place where the CPU waits for the device (but for --ot). The loss is of this process's share.
-            loss = total.item() / (done - reported)
-            rate = (done - reported) * config.batch / (time.perf_counter() - began)
-            rows.append({"step": done, "loss": loss, "lr": learning_rate(config, step), "samples_s": rate})
-            left = timedelta(seconds=round((config.steps - done) * config.batch / rate))
-            print(f"step {done:>6,}/{config.steps:,}  loss {loss:.4f}  {rate:,.0f} samples/s  ETA {left}", flush=True)
-            if milestone:
-                bins = held_out(ema, config, images, labels, device)
-                rows[-1] |= {"held_out": sum(bins) / 10} | {f"t{i}": b for i, b in enumerate(bins)}
-                print(f"held-out loss {rows[-1]['held_out']:.4f}", flush=True)
-            if not np.isfinite(list(rows[-1].values())).all():
-                data.refuse(f"the loss is no longer finite at step {done}; try a lower --lr", status=1)
-            if milestone or signalled:
-                keep("ckpt.pt", done)
-                write_log(out, rows)
-            if milestone:
-                preview(ema, config, images, labels, device).save(out / "samples" / f"{done:06d}.png")
-            total.zero_()
-            reported, began = done, time.perf_counter()
-        if signalled:
-            break
-    if world > 1:
-        dist.barrier()  # torchrun ends all when one ends by a signal, even one that still saves
-        dist.destroy_process_group()
-    if done < config.steps:
-        print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
-        sys.exit(128 + int(signalled))
-    print(f"{time.perf_counter() - started:.0f} s; weights, log and pictures are in {out}/")
-    if rank == 0 and config.data in data.POINTS:
-        distances = wasserstein(ema, config, device)
-        np.savetxt(out / "w2.csv", list(distances.items()), "%g", ",", header="euler_steps,w2", comments="")
-        print(f"W2 to fresh data: {distances.pop(0):.3f} from other fresh data; from samples by Euler steps:",
-              *(f"{k}: {d:.3f}" for k, d in distances.items()))
-    return ema
+def flop_per_sample(sizes, shape):
+    """Floating-point operations of a training step, per sample. The backward pass costs two forward passes."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers, to count
+        model.build(**sizes)(torch.empty(1, *shape), torch.empty(1))
+    return 3 * counter.get_total_flops()
 
 
 if __name__ == "__main__":
