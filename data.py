@@ -122,8 +122,8 @@ def load(name, root="data", res=32):
 def find_dataset(name, root, res):
     """Where a dataset is and what it holds: (files, label_names, n, samples).
 
-    files: what identifies it. n: how many samples, as far as known without reading them, else None. samples: a
-    generator, which reads nothing until asked, of (pixels, label), with pixels uint8, res x res x C of them.
+    files: what identifies it. n: how many samples, or None if that is not known without reading them. samples: a lazy
+    generator of (pixels, label), with pixels uint8 (res, res, C).
     """
     if name == "faces":
         return [Path(__file__)], FACE_ATTRIBUTES, FACES, stream_faces(res)  # redrawn whenever this file changes
@@ -672,8 +672,8 @@ def arrays_in(file):
 
 
 def parse_official(content):
-    """MNIST's format, one array: two zeros, 8 for bytes, the number of dimensions, their sizes (4 bytes each, the
-    highest first), the values. CIFAR-10's, pictures and labels: rows of a label and the red, green and blue planes."""
+    """MNIST's format, one array: two zeros, 8 for bytes, the number of dimensions, their sizes (big-endian, 4
+    bytes each), the values. CIFAR-10's, pictures and labels: rows of a label and the red, green and blue planes."""
     if content[:3] == b"\0\0\x08":
         sizes = np.frombuffer(content, ">u4", count=content[3], offset=4)
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes))
@@ -755,8 +755,8 @@ def main(argv=None):
 # ---------------------------------------------------------------------------------------------------------------
 # Plumbing that every script needs: seeds, flags, ending with a message.
 
-# Every use of random numbers has a seed of its own, made from the user's seed (or a fixed one), one of these purposes,
-# and what else it depends on: the step and the process, or the sample. So nothing depends on the order of calls.
+# Batches, noise and the like each have a seed of their own, made from the user's seed (or a fixed one), one of these
+# purposes, and what else they depend on: the step and the process, or the sample. The order of calls has no effect.
 ORDER, BATCH, HELD_OUT, SAMPLE, SPLIT, INPAINT, TRACE = range(7)
 
 
@@ -833,8 +833,9 @@ def exit_on_signal(signal_number, frame):
 
 
 def keep_freed_memory():
-    """glibc's malloc returns large freed blocks to the system. The next tensor then pays for fresh ones, a page fault
-    for every 4 KiB: 6% of a CPU's step at --res 64. So we turn both ways of returning them off (see mallopt(3))."""
+    """glibc's malloc returns freed memory to the system, by trimming its heap and by unmapping large blocks. The next
+    tensor then pays for fresh memory, with a page fault for every 4 KiB: 6% of a CPU's step at --res 64. We switch off
+    both (see mallopt(3))."""
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

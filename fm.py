@@ -1,6 +1,6 @@
 """Flow matching, the mathematics: functions on tensors. Knows no network, file or flag.
 
-Letters, wherever the flow is meant:
+Letters (code that is not about the flow may use x and the others for something else):
 
     x   clean data                        t   time: 0 is noise, 1 is data   (B,)
     e   noise, standard normal            z   noisy state, alpha(t) x + sigma(t) e
@@ -231,7 +231,7 @@ def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
 
     end_euler: take the last step by Euler's rule, which never evaluates v at the end. Needed from noise to data when
     the network predicts x and nothing is clamped: its velocity (x_pred - z) / (1-t) divides by 0 at t = 1.
-    states: a list that receives the state after each of these steps.
+    states: a list that receives the state after each step (dopri5: at each of the times).
     tol: for dopri5, which takes its own steps between the times.
     """
     ts, nfe = list(ts), 0
@@ -317,9 +317,9 @@ def inpaint(v, z, x, hole, new_noise, ts, path=linear, solver="heun", end_euler=
     """Fills a hole in the picture x. Returns the picture and the NFE. hole: bool, True where to fill. new_noise():
     a new e, shaped as z.
 
-    What z is at time t is known outside the hole: x mixed with noise. So after each step that part is replaced, and
-    the network continues the rest to fit. At t = 1 the known part is x itself (to 1e-7 on the cosine path). But at
-    noisy times little of x can be seen, so early choices in the hole may not match their surroundings.
+    Outside the hole it is known how z is distributed at time t: x mixed with noise. So after each step that part is
+    replaced, and the network continues the rest to fit. At t = 1 the known part is x itself (to 1e-7 on the cosine
+    path). But at noisy times little of x can be seen, so early choices in the hole may not match their surroundings.
     Therefore each step is taken `repeats` times: the result goes back to the time before, with new noise, and the hole
     gets another chance (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, who did it for diffusion).
     """
@@ -381,8 +381,8 @@ def log_likelihood(v, x, ts, solver="rk4", probe=None):
 
 
 def bits_per_dimension(log_p, d):
-    """From nats of x in [-1, 1] to bits per byte. One grey level is 2 / 255 wide, and density times width is a
-    probability. (With noise spread over that width, an upper bound on the bits: uniform dequantisation.)"""
+    """From nats of x in [-1, 1] to bits per byte: one grey level is 2 / 255 wide, and density times width is a
+    probability. If uniform noise of that width was added to x, this is an upper bound (uniform dequantisation)."""
     return -log_p / (d * math.log(2)) + math.log2(255 / 2)
 
 

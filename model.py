@@ -125,7 +125,8 @@ def unpatchify(patches, res, patch, stride):
 
 
 def angles(side, dim, base):
-    """Row and column of each token, centred on 0, times dim / 4 frequencies from 1 down to almost 1 / base."""
+    """(row, column) of each token, centred on 0, each multiplied by dim/4 frequencies that fall from 1 to almost
+    1/base."""
     place = torch.arange(side) - (side - 1) / 2
     frequency = base ** -(torch.arange(dim // 4) / (dim // 4))
     return torch.cartesian_prod(place, place)[:, :, None] * frequency  # (N, 2, dim/4)
@@ -285,7 +286,7 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """Pictures as sequences of patches, which may overlap, straight from the pixels ("Just image Transformer", Li & He
-    2025, arXiv 2511.13720). The defaults are the paper's network for 256 pixels, JiT-B/16, with overlap."""
+    2025, arXiv 2511.13720). The defaults are the sizes of the paper's JiT-B/16 for 256 pixels, with overlap."""
 
     def __init__(self, res, channels=3, patch=16, stride=12, width=768, depth=12, heads=12, norm="rms",
                  attention="auto", labels=0, bottleneck=128):

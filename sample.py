@@ -76,7 +76,7 @@ def draw(x, config, columns=None):
 
 def write(x, states, config, to, columns=None):
     """Writes x to the file or folder `to`, in the format that its ending says. states: those of the whole flow, for a
-    GIF. If it fails midway, an older file stays whole; in a folder, pictures that were already written are new."""
+    GIF. If it fails midway, an older file stays whole; a folder may then hold both old and new pictures."""
     part = to.parent / f"part-{to.name}"
     if to.suffix == ".png":
         draw(x, config, columns).save(part)
@@ -274,8 +274,8 @@ def likelihood(net, config, n, steps, seed, device, batch):
     """Prints bits per dimension (pictures) or nats (points) of n held-out samples, with the standard error.
 
     This uses the field with training's clamp, since an unclamped x-prediction divides by 0 at t = 1, where the solve
-    from data to noise begins. For t > 0.95 the clamp bends the flow. Followed from noise to data it ends near 0.98 x +
-    0.018 e, so its samples keep noise of about 0.018 in every pixel, and the bits per dimension stay above about 3.
+    from data to noise begins. For t > 0.95 the clamp bends an x-prediction's flow. Followed from noise to data it ends
+    near 0.98 x + 0.018 e: the density is blurred by noise of 0.018, and scores no picture below about 3 bits.
     """
     images, _, _ = data.load(config.dataset, config.root, config.res)
     _, held_out = data.split(len(images))
@@ -366,7 +366,7 @@ def parse_flags(argv):
     modes.add_argument("--invert", metavar="PICTURE", help="instead: to its noise and back, in --steps of heun")
     modes.add_argument("--paths", action="store_true", help="instead, of points: pairs, velocities and paths")
     modes.add_argument("--sweep", action="store_true", help="instead: a table of error against NFE, all solvers")
-    modes.add_argument("--bpd", type=count, help="instead: likelihood of N held-out samples (at most 1024)")
+    modes.add_argument("--bpd", type=count, help="instead: likelihood of N held-out samples (as many as there are)")
     parser.add_argument("--batch", type=count, default=64, help="samples that pass the network at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--columns", type=count, help="pictures in a row (default: a square grid)")

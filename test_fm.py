@@ -1678,6 +1678,8 @@ def test_labels_and_guidance_steer_the_samples(labelled_run):
     for other in (sampled(labelled_run), both, sampled(labelled_run, "--label Male --guidance 4")):
         assert not np.array_equal(other, male)
     assert np.array_equal(sampled(labelled_run, "--label Male --guidance 4 --interval 2,3"), male)  # never on
+    unlabelled = sampled(labelled_run, "--label Male --guidance 0 --interval 0,1")
+    assert_allclose(unlabelled, sampled(labelled_run), atol=1e-5)
     make_older(f"{labelled_run}/ckpt.pt")
     assert np.array_equal(sampled(labelled_run, "--label Smiling,Male"), both)
 

@@ -40,8 +40,8 @@ def flag(default, help, choices=None, low=None, high=None, name=None):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of a run. These defaults are tuned for three minutes of cartoon faces on two CPU cores; `preset`
-    has those for other data and sizes."""
+    """Every setting of a run. These defaults are tuned for some minutes of cartoon faces on two CPU cores; `preset` has
+    those for other data and sizes."""
 
     # the data
     dataset: str = flag("faces", "faces, celeba, mnist, fashion, cifar10, moons, 8gaussians, checkerboard, spirals, or "
@@ -85,7 +85,8 @@ class Config:
     clip: float = flag(1.0, "gradients of a larger norm are scaled down to this one", low=1e-9)
     ema: float = flag(0.98, "decay of the averaged weights, the ones to sample from", high=1)
     # the run
-    seed: int = flag(0, "all randomness follows from it", low=0, high=2**63 - 1)
+    seed: int = flag(0, "of weights, batches, noise and times; what is held out is always the same", low=0,
+                     high=2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda or mps")
     bf16: bool = flag(True, "autocast to bfloat16, where the hardware has it")
     compile: bool = flag(None, "torch.compile; by default on CUDA, where it pays at once")
@@ -140,8 +141,8 @@ def train_step(config, step, net, ema, optimizers, batch):
             group["weight_decay"] = config.decay
         optimizer.step()
 
-    # An average over the last 1 / (1 - ema) steps samples better than the latest weights. Early in the run it reaches
-    # less far back, so that the random weights of the start are soon forgotten.
+    # Weights averaged over the last 1 / (1 - ema) steps give better samples than the latest ones. Early in the run the
+    # average reaches less far back, so that the random weights of the start are soon forgotten.
     keep = min(config.ema, (1 + step) / (10 + step))
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - keep)
@@ -267,13 +268,14 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(w)
                 average = state["momentum_buffer"].lerp_(w.grad, 0.05)
-                update = nearest_orthogonal(w.grad.lerp(average, 0.95))  # Nesterov: the latest gradient counts twice
+                # Nesterov: 0.05 grad + 0.95 average, so the latest gradient counts twice.
+                update = nearest_orthogonal(w.grad.lerp(average, 0.95))
                 w.mul_(1 - group["lr"] * group["weight_decay"])
                 w.add_(update, alpha=-group["lr"] * 0.2 * max(w.shape) ** 0.5)
 
 
 def nearest_orthogonal(g, rounds=3):
-    """About U V^T of a matrix g = U S V^T. Each round takes a singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5,
+    """Approximates U V^T, where g = U S V^T. Each round takes a singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5,
     which brings all but the smallest near 1 within a few rounds: three are as good here as Jordan's five."""
     tall = g.shape[0] > g.shape[1]
     x = g.bfloat16() if sample.has_bf16(g.device) else g
@@ -493,7 +495,7 @@ def preset(name, res, network=None):
         network = network or "unet"
         fields.update(cond="all", flip=name != "mnist", t_mean=-0.4, steps=2000, batch=64, warmup=100, ema=0.995,
                       report=50, preview=500)
-    elif res >= 128:  # at 256: JiT-B/16 with overlapping patches, about 115M parameters
+    elif res >= 128:  # at 256: the sizes of JiT-B/16, with overlapping patches, about 115M parameters
         fields.update(width=768, depth=12, heads=12, optimizer="adamw", lr=2e-4, batch=128, steps=160_000, warmup=2000,
                       cooldown=0.0, ema=0.9999, report=50, preview=2000)
     elif res > 32:
@@ -550,10 +552,10 @@ FIXED = ("dataset", "res", "predict", "path", "network", "patch", "stride", "wid
 def resume_from(given):
     """(checkpoint, config) to go on with. config: the run's own, changed by the given fields.
 
-    It goes on from ckpt.pt if the cool-down has not begun by then, neither in the old run nor with the new --steps and
-    --cooldown, or if these have not changed. Else it goes back to stable.pt, the state from just before the cool-down.
-    So k steps and then n - k more give what n steps at once give, to the bit on the same machine. (Other flags, such
-    as --lr, simply act from there on.)
+    It goes on from ckpt.pt if --steps and --cooldown are unchanged, or if ckpt.pt lies before the cool-down of both the
+    old and the new schedule. Else from stable.pt, the state from just before the old cool-down, if the new one does not
+    begin earlier. Else it refuses. So a run of k steps, extended to n, gives what n steps at once give, to the bit on
+    the same machine. (Other flags, such as --lr, simply act from there on.)
     """
     out = Path(given.get("out") or resolve(given).out)
     latest = sample.read_checkpoint(out / "ckpt.pt")
@@ -573,7 +575,7 @@ def resume_from(given):
     if stable.exists():
         earlier = sample.read_checkpoint(stable)
         if earlier["step"] <= new_start:
-            earlier["keep_ckpt_as"] = f"ckpt-{done}.pt"  # the end of the shorter run, which may be wanted
+            earlier["keep_ckpt_as"] = f"ckpt-{done}.pt"  # how far the run had come, which may be wanted
             return earlier, config
     data.fail(f"{out} is at step {done} with another learning rate than these settings give, and there is no {stable} "
               f"from before step {new_start} to go back to: ask for more --steps or less --cooldown, or start anew: "
