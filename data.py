@@ -522,7 +522,7 @@ def plot(curves, xlabel):
         """Where points (n, 2) lie in the picture; the axes meet at (120, 750)."""
         return (p - low) / (high - low) * (1290, -710) + (120, 750)
 
-    for tick in np.linspace(low, high, 6):
+    for tick in np.linspace(low, high, 6):  # six points along the diagonal: a tick on both axes for each
         x, y = place(tick)
         draw.line([120, y, 1410, y], "#dddddd", 2)
         draw.text((108, y), f"{10 ** tick[1]:.3g}", grey, font, "rm")
@@ -608,8 +608,8 @@ OFFICIAL = {  # files: what is published, with its MD5; unpacked: the files insi
 
 
 def look(name, root):
-    """Returns (files, missing), one of which is empty: the dataset's files, unpacked or else as published, or the names
-    of the published files that are missing.
+    """Returns (files, []) if the dataset is there, unpacked or as published; else ([], the names of the published files
+    that are missing).
 
     Looks in root/NAME and below it, then in root itself, in case that is the dataset's own folder. Not in other
     folders: MNIST and Fashion-MNIST call their files alike.
@@ -672,8 +672,9 @@ def arrays_in(file):
 
 
 def parse_official(content):
-    """MNIST's format, one array: two zeros, 8 for bytes, the number of dimensions, their sizes (big-endian, 4
-    bytes each), the values. CIFAR-10's, pictures and labels: rows of a label and the red, green and blue planes."""
+    """Returns [array] for MNIST's format: two zeros, 8 for bytes, the number of dimensions, their sizes (big-endian, 4
+    bytes each), the values. Returns [pictures, labels] for CIFAR-10's: rows of a label and the red, green and blue
+    planes."""
     if content[:3] == b"\0\0\x08":
         sizes = np.frombuffer(content, ">u4", count=content[3], offset=4)
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes))

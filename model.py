@@ -159,8 +159,8 @@ def rope(q, cos, sin):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Parts of the transformer. h: the features of the tokens, (B, N, D). Layers that act on tokens have no bias inside the
-# blocks: adding it would read and write all of h once more.
+# Parts of the transformer. h: the features of the tokens, (B, N, D). Inside the blocks, linear layers that act on
+# tokens have no bias: adding it would read and write all of h once more.
 
 
 def inverse_rms(h, eps=1e-6):
@@ -267,7 +267,8 @@ class SwiGLU(nn.Module):
 
 class Block(nn.Module):
     """Attention, then the feed-forward layer. The time (and the label) set a scale for what enters each of the two and
-    a gate for what leaves it (adaLN-Zero, Peebles & Xie 2022, arXiv 2212.09748), but no shift, as in RMSNorm."""
+    a gate for what leaves it (adaLN-Zero, Peebles & Xie 2022, arXiv 2212.09748). They set no shift, as RMSNorm has
+    none."""
 
     def __init__(self, side, dim, heads, norm, attention):
         super().__init__()

@@ -164,9 +164,9 @@ def border_ratio(x, patch, stride):
     """Mean squared difference of neighbouring pixels where a patch begins or ends, over that elsewhere. If it is larger
     than the data's own, the grid of patches shows. x: (B, C, H, W)."""
     across, down = x.diff(dim=3).square(), x.diff(dim=2).square()
-    energy = across.mean((0, 1, 2)) + down.mean((0, 1, 3))  # (W-1,): between pixels i and i + 1
+    energy = across.mean((0, 1, 2)) + down.mean((0, 1, 3))  # (W-1,): entry i is the edge before pixel i + 1
     starts = torch.arange(0, x.shape[3] - patch + 1, stride)
-    borders = torch.cat([starts, starts + patch])
+    borders = torch.cat([starts, starts + patch])  # the pixels before which a patch begins or ends
     at_border = torch.isin(torch.arange(1, x.shape[3]), borders)
     return (energy[at_border].mean() / energy[~at_border].mean()).item()
 

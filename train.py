@@ -162,7 +162,7 @@ def train(config, checkpoint, rank, world, device):
     if rank == 0:
         prepare_folder(out, checkpoint)
     first, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
-    # What all checkpoints of the run have in common; the log grows.
+    # What goes into every checkpoint. `log` is the list to which the loop appends, so each one holds all rows so far.
     about = dict(config=vars(config), net=sizes, label_names=label_names, multi_hot=labels.ndim == 2, n=len(images),
                  log=log)
     signals = note_signals()
@@ -326,8 +326,8 @@ def report(config, step, loss, rate):
 def held_out(net, config, images, labels, device):
     """The loss on held-out data: {"held_out": mean, "t0": first tenth of the times, ..., "t9": last tenth}.
 
-    The data, the noise and the times are the same each time. All times count the same, unlike in training, where most
-    are drawn near the mean: so this number is not the training loss, however well a run generalises.
+    The data, the noise and the times are the same each time. All times count the same, unlike in training, where (if
+    logit-normal) most are drawn near the mean: so this number is not the training loss, however well a run generalises.
     """
     n = 1000 if config.dataset in data.POINTS else HELD_OUT_PICTURES
     chosen = np.resize(data.split(len(images))[1], n)  # repeats a small dataset's samples
@@ -381,7 +381,7 @@ COLUMNS = ["step", "loss", "lr", "samples_s", "held_out", *(f"t{i}" for i in ran
 
 
 def write_log(out, log):
-    """log.csv and its picture, each time anew from all rows: what a kill cut short is whole again after a resume."""
+    """Rewrites log.csv and its picture from all rows. A file that a kill left half-written is whole after the next."""
     with open(out / "log.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
