@@ -231,7 +231,7 @@ def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
 
     end_euler: take the last step by Euler's rule, which never evaluates v at the end. Needed from noise to data when
     the network predicts x and nothing is clamped: its velocity (x_pred - z) / (1-t) divides by 0 at t = 1.
-    states: a list that receives the state after each step (dopri5: at each of the times).
+    states: a list that receives the state after each step (dopri5: at each time but the first).
     tol: for dopri5, which takes its own steps between the times.
     """
     ts, nfe = list(ts), 0

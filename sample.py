@@ -154,7 +154,7 @@ def generate_in_batches(net, config, z, y, args, start, known, keep_states):
     print(f"{len(x)} samples, {how}, NFE {nfe}, {rate:.1f} samples/s")
     if config.network == "transformer":
         ratio = border_ratio(x, config.patch, config.stride)
-        if math.isfinite(ratio):  # it is not if no pixel, or every pixel, lies at a border
+        if math.isfinite(ratio):  # it is not finite if no pixel, or every one, is at a border
             print(f"squared gradient at patch borders: {ratio:.3f} of that elsewhere")
     states = [torch.cat(parts) for parts in zip(*flows)] if keep_states else None
     return x, states
@@ -366,7 +366,7 @@ def parse_flags(argv):
     modes.add_argument("--invert", metavar="PICTURE", help="instead: to its noise and back, in --steps of heun")
     modes.add_argument("--paths", action="store_true", help="instead, of points: pairs, velocities and paths")
     modes.add_argument("--sweep", action="store_true", help="instead: a table of error against NFE, all solvers")
-    modes.add_argument("--bpd", type=count, help="instead: likelihood of N held-out samples (as many as there are)")
+    modes.add_argument("--bpd", type=count, help="instead: likelihood of N held-out samples (or all, if fewer)")
     parser.add_argument("--batch", type=count, default=64, help="samples that pass the network at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--columns", type=count, help="pictures in a row (default: a square grid)")

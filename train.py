@@ -68,7 +68,7 @@ class Config:
     patch: int = flag(4, "pixels a side of a patch")
     stride: int = flag(4, "pixels from one patch to the next; below --patch they overlap")
     width: int = flag(256, "numbers per token (transformer), channels at full resolution (unet), or per layer (mlp)")
-    depth: int = flag(4, "blocks (transformer), blocks per resolution (unet), or layers (mlp)")
+    depth: int = flag(4, "blocks (transformer), per resolution, down and again up (unet), or layers (mlp)")
     heads: int = flag(4, "attention heads")
     norm: str = flag("rms", "normalisation in the transformer", choices=tuple(model.NORMS))
     attention: str = flag("auto", "fused (torch's), hand (written out), or auto: the faster one",
@@ -252,8 +252,8 @@ def make_optimizers(net, config):
 
 
 class Muon(torch.optim.Optimizer):
-    """Moves a matrix along the orthogonal matrix nearest to its averaged gradient, so that all its directions learn at
-    one pace (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Its steps are scaled to the size of
+    """Moves a matrix against the orthogonal matrix nearest to its averaged gradient, so that all its directions learn
+    at one pace (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Its steps are scaled to the size of
     AdamW's (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both. In short runs it needs about half of
     AdamW's steps. torch.optim.Muon does the same, but always in bfloat16: seconds a step on a CPU without it."""
 
@@ -381,7 +381,7 @@ COLUMNS = ["step", "loss", "lr", "samples_s", "held_out", *(f"t{i}" for i in ran
 
 
 def write_log(out, log):
-    """Rewrites log.csv and its picture from all rows. A file that a kill left half-written is whole after the next."""
+    """Rewrites log.csv and its picture from all rows. What a kill left half-written is written whole the next time."""
     with open(out / "log.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -553,13 +553,13 @@ def resume_from(given):
     """(checkpoint, config) to go on with. config: the run's own, changed by the given fields.
 
     It goes on from ckpt.pt if --steps and --cooldown are unchanged, or if ckpt.pt lies before the cool-down of both the
-    old and the new schedule. Else from stable.pt, the state from just before the old cool-down, if the new one does not
+    old and the new schedule. Else from stable.pt, the state from just before a cool-down began, if the new one does not
     begin earlier. Else it refuses. So a run of k steps, extended to n, gives what n steps at once give, to the bit on
     the same machine. (Other flags, such as --lr, simply act from there on.)
     """
     out = Path(given.get("out") or resolve(given).out)
     latest = sample.read_checkpoint(out / "ckpt.pt")
-    old, done = vars(latest["config"]), latest["step"]
+    old, done = vars(latest["config"]), latest["step"]  # read_checkpoint has made the config a namespace
     if old.keys() - vars(Config()):
         data.fail(f"{out / 'ckpt.pt'} is of another version of this program; start anew: --out DIR")
     config = Config(**{**old, **given, "out": str(out)})
