@@ -780,6 +780,7 @@ def number(kind, low=None, high=None):
             raise argparse.ArgumentTypeError(f"{text} must lie between {low} and {high:g}")
         return value
 
+    parse.__name__ = kind.__name__  # argparse calls a wrong one "invalid int value"
     return parse
 
 

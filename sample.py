@@ -105,7 +105,7 @@ def main(argv=None):
     if args.bpd:
         return likelihood(net, config, args.bpd, args.steps, args.seed, device, args.batch)
     if args.paths:
-        return write_paths(net, config, to, device)
+        return write_paths(net, config, to, device, args)
 
     rows = parse_label(args.label, checkpoint)
     y, n, columns = None, args.n, args.columns
@@ -137,15 +137,16 @@ def main(argv=None):
 def generate_in_batches(net, config, z, y, args, start, known, keep_states):
     """(x, states) from all of z, at most --batch at a time; prints how it was done, and how fast. known: (picture,
     hole) for inpainting, or None."""
-    began, samples, flows = time.perf_counter(), [], []
+    began, samples, flows, nfe = time.perf_counter(), [], [], 0
     for part in torch.arange(len(z)).split(args.batch):
         y_part = None if y is None else y[part]
         states = [z[part]] if keep_states else None
         inpaint = None
         if known is not None:
             inpaint = *known, noise_source(part.tolist(), z.shape[1:], args.seed, data.INPAINT, z.device)
-        x, nfe = generate(net, config, z[part], args.steps, args.solver, y_part, args.guidance, args.interval,
-                          args.shift, args.tol, start, inpaint, states)
+        x, evaluations = generate(net, config, z[part], args.steps, args.solver, y_part, args.guidance, args.interval,
+                                  args.shift, args.tol, start, inpaint, states)
+        nfe = max(nfe, evaluations)  # dopri5's differ
         samples.append(x.cpu())  # waits for a GPU, so that the time below is right
         flows.append(states)
     x = torch.cat(samples)
@@ -243,15 +244,17 @@ def read_mask(file, config, device):
 
 
 @torch.no_grad()
-def write_paths(net, config, to, device):
+def write_paths(net, config, to, device, args):
     """For points, three pictures side by side: pairs of noise and data as training draws them, the learnt velocities
     at t = 0.5, and the paths from noise to samples."""
     if config.dataset not in data.POINTS:
         data.fail("--paths draws the flow of points in the plane: python train.py --data moons")
-    e = noise(range(200), (2,), seed=0)
-    x = data.points(config.dataset, 200, data.seed_from(1, data.HELD_OUT, 0))
+    if to.suffix != ".png":
+        data.fail(f"--paths writes a .png, not {to}")
+    e = noise(range(args.n), (2,), args.seed)
+    x = data.points(config.dataset, args.n, data.seed_from(1, data.HELD_OUT, 0))
     paired = fm.ot_pair(x, e, config.ot_block) if config.ot else e
-    pairs = torch.stack([paired, x], dim=1)  # (200, 2, 2)
+    pairs = torch.stack([paired, x], dim=1)  # (n, 2, 2)
 
     ticks = torch.linspace(-4.8, 4.8, 15)
     places = torch.cartesian_prod(ticks, ticks).to(device)  # (225, 2)
@@ -259,14 +262,16 @@ def write_paths(net, config, to, device):
     arrows = torch.stack([places, places + 0.15 * v(places, 0.5)], dim=1)  # (225, 2, 2)
 
     states = [e.to(device)]
-    generate(net, config, states[0], 100, states=states)
-    paths = torch.stack(states, dim=1)  # (200, 101, 2)
+    generate(net, config, states[0], args.steps, args.solver, shift=args.shift, tol=args.tol, states=states)
+    paths = torch.stack(states, dim=1)  # (n, steps + 1, 2)
 
     panels = []
     for lines, title in ((pairs, "optimal-transport pairs" if config.ot else "random pairs"),
                          (arrows, "learnt velocity at t = 0.5"), (paths, "paths from noise to samples")):
         panels.append(np.asarray(data.trails(lines.cpu().numpy(), title)))
-    data.grid(np.stack(panels), columns=3).save(to)
+    part = to.parent / f"part-{to.name}"
+    data.grid(np.stack(panels), columns=3).save(part)
+    part.replace(to)
     print(f"wrote {to}")
 
 
@@ -308,10 +313,11 @@ def sweep(net, config, z, y, batch):
     points = config.dataset in data.POINTS
 
     def solve_all(solver, ts, tol=None):
-        parts = []
+        parts, nfe = [], 0
         for part in torch.arange(len(z)).split(batch):
             v = fm.velocity(net, config.predict, fm.PATHS[config.path], None if y is None else y[part], clamp=fm.CLAMP)
-            x, nfe = fm.solve(v, z[part], ts, solver, tol=tol)
+            x, evaluations = fm.solve(v, z[part], ts, solver, tol=tol)
+            nfe = max(nfe, evaluations)
             parts.append(x)
         return torch.cat(parts), nfe
 
@@ -387,9 +393,12 @@ def parse_flags(argv):
 
 def pair_of_times(text):
     """A type for argparse: two times, such as 0.1,1."""
-    low, high = (float(word) for word in text.split(","))
+    try:
+        low, high = (float(word) for word in text.split(","))
+    except ValueError:
+        low, high = 1, 0
     if not low <= high:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} must be two times, the earlier first, such as 0.1,1")
     return low, high
 
 

@@ -1755,7 +1755,7 @@ def test_inversion_finds_noise_that_leads_back_to_the_picture(pets_run, capsys):
 # Looking at the flow itself
 
 
-def test_paths_draws_pairs_velocities_and_paths_of_points_side_by_side(monkeypatch):
+def test_paths_draws_pairs_velocities_and_paths_of_points_side_by_side(monkeypatch, capsys):
     panels, trails = [], data.trails
 
     def watch(lines, *title):
@@ -1765,8 +1765,8 @@ def test_paths_draws_pairs_velocities_and_paths_of_points_side_by_side(monkeypat
     train_moons("--steps 5")
     train_moons("--steps 5 --ot --out ot")
     monkeypatch.setattr(data, "trails", watch)
-    sheet = sampled("out/moons", "--paths", to="x.png")
-    sampled("ot", "--paths", to="x.png")
+    sheet = sampled("out/moons", "--paths --n 100 --seed 3", to="x.png")
+    sampled("ot", "--paths --n 100 --seed 3", to="x.png")
     assert 2.8 < sheet.width / sheet.height < 3
     pairs, arrows, paths, ot_pairs, _, _ = panels
     assert ot_pairs.diff(dim=1).square().sum() < 0.7 * pairs.diff(dim=1).square().sum()
@@ -1774,8 +1774,8 @@ def test_paths_draws_pairs_velocities_and_paths_of_points_side_by_side(monkeypat
     v = net(arrows[:, 0], torch.full((len(arrows),), 0.5))
     assert torch.cosine_similarity(arrows[:, 1] - arrows[:, 0], v).min() > 0.999
     assert torch.equal(paths[:, 0], pairs[:, 0])
-    samples = sampled("out/moons", f"--n {len(paths)} --steps 100 --solver euler")
-    assert_allclose(paths[:, -1], samples, atol=1e-5)
+    assert_allclose(paths[:, -1], sampled("out/moons", "--n 100 --seed 3"), atol=1e-5)
+    refuses(capsys, "--paths .png", sampled, "out/moons", "--paths")
 
 
 @parametrize("predict", ["v", "x"])
@@ -1870,6 +1870,8 @@ def test_data_refuses_what_cannot_work(flags, words, capsys):
 
 @parametrize("flags,words", [
     ("--stpes 5", "--stpes --steps"),
+    ("--model unet", "--model --network"),  # the name in an earlier version
+    ("--steps 1e3", "--steps int 1e3"),
     ("--data nowhere", "nowhere faces"),
     ("--data celeba --res 256", "img_align_celeba.zip --root"),
     ("--data mnist --root there", "mnist --root there --download"),

@@ -362,7 +362,7 @@ def save(file, about, step, net, ema, optimizers):
     """Writes a checkpoint, whole or not at all: a kill or a full disk leaves the old one. Refuses broken weights."""
     weights = net.state_dict()
     if not all(w.isfinite().all() for w in weights.values()):
-        data.fail(f"the weights are no longer finite; {file} is left as it was; try a lower --lr", status=1)
+        data.fail(f"the weights are no longer finite and were not saved to {file}; try a lower --lr", status=1)
     states = [optimizer.state_dict() for optimizer in optimizers]
     checkpoint = {**about, "step": step, "weights": weights, "ema": ema.state_dict(), "optimizers": states}
     part = file.with_suffix(".part")
@@ -465,8 +465,10 @@ def parse_flags(argv):
     parser.add_argument("--bench", action="store_true", help="time the training step instead of training")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1) or ["--help"]
-        data.fail(f"no flag {unknown[0]}; did you mean {nearest[0]}?")
+        name = unknown[0].split("=")[0]
+        nearest = difflib.get_close_matches(name, flags, n=1) or ["--help"]
+        guess = sample.RENAMED.get(name.lstrip("-"), nearest[0].lstrip("-"))
+        data.fail(f"no flag {unknown[0]}; did you mean --{guess}?")
     given = vars(args)
     resume, bench_only = given.pop("resume", False), given.pop("bench", False)
     return given, resume, bench_only
