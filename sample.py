@@ -146,7 +146,7 @@ def generate_in_batches(net, config, z, y, args, start, known, keep_states):
             inpaint = *known, noise_source(part.tolist(), z.shape[1:], args.seed, data.INPAINT, z.device)
         x, evaluations = generate(net, config, z[part], args.steps, args.solver, y_part, args.guidance, args.interval,
                                   args.shift, args.tol, start, inpaint, states)
-        nfe = max(nfe, evaluations)  # dopri5's differ
+        nfe = max(nfe, evaluations)  # dopri5's count differs from batch to batch
         samples.append(x.cpu())  # waits for a GPU, so that the time below is right
         flows.append(states)
     x = torch.cat(samples)
