@@ -10,28 +10,36 @@ Last in this file: the plumbing that all scripts share (seeds, flags, ending wit
 """
 
 import argparse
+import contextlib
+import csv
 import ctypes
 import functools
 import gzip
 import hashlib
 import inspect
 import io
+import json
+import os
+import posixpath
 import re
+import shlex
 import signal
 import sys
 import tarfile
 import tempfile
 import time
+import warnings
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
 
 # ---------------------------------------------------------------------------------------------------------------
 # Batches. Which samples a step gets is a function of (seed, step), so a resumed run needs no generator state.
@@ -94,53 +102,77 @@ def to_uint8(x):
 
 
 def load(name, root="data", res=32):
-    """A dataset by name or path, packed on first use: (images, labels, label_names).
+    """A dataset by name or path, packed on first use: (images, labels, label_names, digest).
 
-    images: uint8 (N, res, res, C), memory-mapped, or points, float32 (N, 2). labels: classes, int64 (N,), or
-    attributes, int64 (N, K) of 0 and 1.
+    images: uint8 (N, res, res, C), memory-mapped, or points, float32 (N, 2). labels: classes, int64 (N,), or attributes,
+    int64 (N, K) of 0 and 1; pictures without a class have -1 and come last. digest: a hash of the images, wherever they
+    lie.
     """
     if not name:
         fail("--data needs a name or a path")
+    if name in NAMES and Path(name).exists():
+        print(f"--data {name} is the dataset of that name; for your own {name} in this folder: --data ./{name}")
     if name in POINTS:
-        return points(name, POINTS_DRAWN, seed=0).numpy(), np.zeros(POINTS_DRAWN, np.int64), []
-    files, label_names, n, samples = find_dataset(name, Path(root), res)
-    # The pack's name holds a hash of the sources' sizes and dates and of the code of read_picture, so that it is
-    # packed again when one of them changes.
-    identity = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    content = repr((identity, FACES, res, inspect.getsource(read_picture)))
-    digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-    pack = Path(root, "cache", f"{short_name(name)}-{res}-{digest}.images")
+        return points(name, POINTS_DRAWN, seed=0).numpy(), np.zeros(POINTS_DRAWN, np.int64), [], name
+    source, files, label_names, n, samples = find_dataset(name, Path(root), res)
+    # The pack's name holds a hash of the files' names, sizes and dates and of the code that reads them, so that it is
+    # packed again when one of them changes. Not of where they lie, so they may move.
+    identity = [(file, path.stat().st_size, path.stat().st_mtime_ns) for file, path in files.items()]
+    code = [inspect.getsource(function) for function in (decode, eight_bits, opacity, read_picture, find_classes)]
+    key = hashlib.sha256(repr((identity, FACES, res, code)).encode(errors="surrogateescape")).hexdigest()[:12]
+    pack = Path(root, "cache", f"{short_name(name)}-{res}-{key}.images")
+    if not pack.exists() and not is_writable(pack.parent):  # a disk that many share
+        pack = Path("data", "cache", pack.name)
     if not pack.exists():
         size = f"{n * res**2 * channels(name) / 1e9:.1f} GB" if n else "small"
         print(f"packing {name} at {res}x{res} ({size}) into {pack}", flush=True)
-        write_pack(pack, samples, n)
+        write_pack(pack, source, samples, n, label_names)
     images = np.memmap(pack, mode="r").reshape(-1, res, res, channels(name))
-    labels = np.load(pack.with_suffix(".npy"))
-    return images, labels, [str(label) for label in label_names]
+    with np.load(pack.with_suffix(".npz")) as beside:
+        labels, skipped, digest = beside["labels"], int(beside["skipped"]), str(beside["digest"])
+        label_names = beside["label_names"].tolist()
+    if skipped:
+        print(f"{skipped:,} pictures could not be read; {pack.with_suffix('.skipped.txt')} says why")
+    report_old_packs(pack, source)
+    if name == "faces":
+        digest = name  # drawn by arithmetic that processors round differently: the same faces, but not to the bit
+    return images, labels, label_names, digest
 
 
 def find_dataset(name, root, res):
-    """Where a dataset is and what it holds: (files, label_names, n, samples).
+    """Where a dataset is and what it holds: (source, files, label_names, n, samples).
 
-    files: what identifies it. n: how many samples, or None if that is not known without reading them. samples: a lazy
-    generator of (pixels, label), with pixels uint8 (res, res, C).
+    source: the file or folder that it comes from. files: {name: path} of what identifies it. n: how many samples, or
+    None if that is not known without reading them. samples: a lazy generator of (pixels, label, what was done), with
+    pixels uint8 (res, res, C), or None for a picture that could not be read.
     """
     if name == "faces":
-        return [Path(__file__)], FACE_ATTRIBUTES, FACES, stream_faces(res)  # redrawn whenever this file changes
+        code = Path(__file__)  # redrawn whenever this file changes
+        return code, {code.name: code}, FACE_ATTRIBUTES, FACES, stream_faces(res)
     if name in OFFICIAL:
         files = find_official(name, root)
-        return files, OFFICIAL[name]["label_names"], None, stream_official(name, files, res)
+        label_names = OFFICIAL[name]["label_names"]
+        return files[0].parent, {file.name: file for file in files}, label_names, None, stream_official(name, files, res)
     place = find_celeba(root) if name == "celeba" else Path(name)
-    names = list_pictures(place)
-    files = [place / file for file in names] if place.is_dir() else [place]
-    table = place.parent / "list_attr_celeba.txt"
-    if name == "celeba" and table.exists():
-        label_names, labels = celeba_attributes(table, names)
-        files.append(table)
+    contents, read = list_files(place)
+    pictures = pick_pictures(place, contents)
+    if name == "celeba" and (place.parent / "list_attr_celeba.txt").exists():
+        tables = {"list_attr_celeba.txt": place.parent / "list_attr_celeba.txt"}
+        label_names, labels = celeba_attributes(tables["list_attr_celeba.txt"], pictures)
     else:
-        folders = [file.rpartition("/")[0] for file in names]
-        label_names, labels = np.unique(folders, return_inverse=True)
-    return files, label_names, len(names), stream_files(place, names, labels, res)
+        tables = {file: contents[file] for file in contents if PurePosixPath(file).name in TABLES}
+        classes = find_classes(pictures, tables, read)
+        label_names = sorted(set(classes.values()))
+        numbers = {label: i for i, label in enumerate(label_names)}
+        pictures.sort(key=lambda picture: picture not in classes)  # those without a class come last
+        labels = [numbers.get(classes.get(picture), -1) for picture in pictures]
+    files = {place.name: place}
+    if place.is_dir():
+        files = {picture: contents[picture] for picture in pictures}
+    if name == "celeba" or place.is_dir():
+        files.update(tables)
+    samples = stream_files(pictures, [contents[picture] for picture in pictures], labels, read, res)
+    return place, files, label_names, len(pictures), samples
 
 
 def channels(name):
@@ -153,7 +185,7 @@ def usual_res(name):
 
 def short_name(name):
     """pets for ../pets.zip."""
-    return Path(name).resolve().stem
+    return Path(name).resolve().name.removesuffix(".zip")
 
 
 def run_folder(name, res):
@@ -161,22 +193,27 @@ def run_folder(name, res):
     return Path("out", name if name in POINTS else f"{short_name(name)}-{res}")
 
 
-def choose_labels(labels, label_names, wanted):
-    """The labels to learn, and their names. wanted: "all", or some attributes by name, comma-separated, or "" for
-    none: then they are all 0, and a network that was built for no labels ignores them."""
+def choose_labels(images, labels, label_names, wanted):
+    """(images, labels, label_names) to learn. wanted: "all", or some attributes by name, comma-separated; pictures
+    without a class are left out. Or "" for no labels: then they are all 0, and a network that was built for none
+    ignores them."""
     if not wanted:
-        return np.zeros(len(labels), np.int64), []
+        return images, np.zeros(len(labels), np.int64), []
     if len(label_names) < 2:
-        fail(f"--cond {wanted}: this dataset has no labels to learn (a folder's are its sub-folders, CelebA's come "
-             f"from list_attr_celeba.txt beside the pictures)")
+        fail(f"--cond {wanted}: this dataset has no labels to learn (a folder's are its sub-folders or a dataset.json, "
+             f"CelebA's come from list_attr_celeba.txt beside the pictures)")
+    if labels.ndim == 1:
+        if wanted != "all":
+            fail(f"--cond {wanted}: for this dataset it can be all")
+        known = (labels >= 0).sum()
+        return images[:known], labels[:known], label_names
     if wanted == "all":
-        return labels, label_names
-    attributes = label_names if labels.ndim == 2 else []
-    chosen = wanted.split(",")
+        return images, labels, label_names
+    chosen = [name.strip() for name in wanted.split(",")]
     for name in chosen:
-        if name not in attributes:
-            fail(f"--cond {name}: for this dataset it can be {', '.join(['all', *attributes])}")
-    return labels[:, [attributes.index(name) for name in chosen]], chosen
+        if name not in label_names or chosen.count(name) > 1:
+            fail(f"--cond {name}: for this dataset it can be all, or, each once, {', '.join(label_names)}")
+    return images, labels[:, [label_names.index(name) for name in chosen]], chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -374,63 +411,260 @@ def draw_faces(indices, res):
 # Pictures in
 
 
-def list_pictures(place):
-    """Names of the pictures in a folder or zip, sorted."""
-    names = []
+def list_files(place):
+    """What is in a folder or zip, hidden things left out: {name: Path or ZipInfo}, sorted, names with slashes; and a
+    function that reads one of them. Empty if place is neither."""
+    contents = {}
     if place.is_dir():
-        names = [file.relative_to(place).as_posix() for file in place.rglob("*") if file.is_file()]
-    elif zipfile.is_zipfile(place):
-        names = zipfile.ZipFile(place).namelist()
-    pictures = []
-    for name in names:
-        hidden_by_mac_os = name.split("/")[-1].startswith("._")  # the twin of a file, as in __MACOSX/._1.jpg
-        if name.lower().endswith(ENDINGS) and not hidden_by_mac_os:
-            pictures.append(name)
+        for file in walk(place):
+            contents[file.relative_to(place).as_posix()] = file
+        return dict(sorted(contents.items())), Path.read_bytes
+    if not zipfile.is_zipfile(place):
+        return contents, None
+    archive = zipfile.ZipFile(place)
+    for entry in archive.infolist():
+        name = PurePosixPath(entry.filename.replace("\\", "/"))  # a zip from Windows may have backslashes
+        if entry.filename.endswith(("/", "\\")) or any(is_hidden(part) for part in name.parts):
+            continue
+        if str(name) in contents:
+            fail(f"{place} holds {name} twice: unpack it, and name the folder")
+        contents[str(name)] = entry
+    return dict(sorted(contents.items())), archive.read
+
+
+def walk(folder, above=()):
+    """The files below a folder. Links are followed, unless they lead back to a folder that they are in."""
+    real = folder.resolve()
+    if real in above:
+        print(f"left out: {folder}, a link to a folder that holds it")
+        return
+    for path in folder.iterdir():
+        if is_hidden(path.name):
+            continue
+        if path.is_dir():
+            yield from walk(path, (*above, real))
+        elif path.is_file():
+            yield path
+        else:
+            print(f"left out: {path}, a link to nothing, or no file")
+
+
+def is_hidden(name):
+    """Made by a system for itself: macOS and Linux, Synology, zips from macOS, Windows."""
+    return name.startswith(".") or name in ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "Thumbs.db")
+
+
+def pick_pictures(place, contents):
+    """The names in contents whose endings Pillow reads; says what is left out."""
+    endings = [ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN]
+    pictures, others = [], Counter()
+    for name in map(PurePosixPath, contents):
+        if name.suffix.lower() in endings:
+            pictures.append(str(name))
+        elif name.name not in TABLES:
+            others[name.suffix.lower() or "without an ending"] += 1
+    left_out = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common())
+    if left_out:
+        print(f"left out: {left_out}")
     if not pictures:
-        fail(f"no pictures in {place}: looked for a folder, or a whole zip, with any of {' '.join(ENDINGS)} in it. "
-             f"Other data by name: {', '.join(['faces', 'celeba', *OFFICIAL, *POINTS])}")
-    return sorted(pictures)
+        fail(f"no pictures in {place}: looked for a folder, or a whole zip, with .jpg, .png or any of Pillow's "
+             f"{len(endings)} formats in it. Other data by name: {', '.join(NAMES)}")
+    return pictures
 
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+TABLES = ("dataset.json", "metadata.csv", "metadata.jsonl")
 
 
-def stream_files(place, names, labels, res):
-    """Decodes in parallel, since Pillow releases the GIL; 512 at a time, so that memory stays small."""
-    archive = None if place.is_dir() else zipfile.ZipFile(place)
-    broken = []
-
-    def decode(name, label):
+def find_classes(pictures, tables, read):
+    """{picture: class}, without the pictures that have none. From a table beside them or above, if there is one, else
+    from the sub-folders that they lie in."""
+    folders = [PurePosixPath(picture).parent for picture in pictures]
+    top = PurePosixPath(posixpath.commonpath(folders))  # in a zip of the folder pets, say, this is pets
+    for file in tables:
+        place = PurePosixPath(file).parent
+        if not top.is_relative_to(place):
+            continue
         try:
-            content = (place / name).read_bytes() if archive is None else archive.read(name)
-            return read_picture(io.BytesIO(content), res), label
+            by_name = read_table(PurePosixPath(file).name, read(tables[file]).decode("utf-8-sig"))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            print(f"{file} was seen and ignored: it does not give each file name a label ({error!r:.80})")
+            continue
+        origin, classes = file, {str(place / name): by_name[name] for name in by_name}
+        break
+    else:
+        origin = "sub-folders"
+        classes = {picture: str(folder.relative_to(top)) for picture, folder in zip(pictures, folders) if folder != top}
+    classes = {picture: classes[picture] for picture in pictures if picture in classes}
+    if classes:
+        missing = len(pictures) - len(classes)
+        rest = f"; {missing:,} pictures have none, and --cond leaves them out" if missing else ""
+        print(f"{len(set(classes.values()))} classes from {origin}{rest}")
+    return classes
+
+
+def read_table(name, text):
+    """{picture: class} from a table: dataset.json of StyleGAN and EDM, with pairs of picture and label (or nothing)
+    under "labels"; or metadata.csv or .jsonl of Hugging Face, with file_name and label in each row."""
+    if name == "dataset.json":
+        pairs = json.loads(text)["labels"] or []
+    else:
+        rows = csv.DictReader(io.StringIO(text)) if name.endswith(".csv") else map(json.loads, text.splitlines())
+        pairs = [(row["file_name"], row["label"]) for row in rows]
+    for _, label in pairs:
+        if not isinstance(label, str | int | None):
+            raise TypeError(f"{label} is no class")
+    return {picture: str(label) for picture, label in pairs if label not in (None, "")}
+
+
+def stream_files(names, files, labels, read, res):
+    """Decodes in parallel, since Pillow releases the GIL; a few hundred at a time, so that memory stays small."""
+
+    def work(name, file, label):
+        try:
+            return *read_picture(read(file), res), label
         except Exception as error:  # a broken picture raises anything; it is skipped, and named
             if getattr(error, "errno", None):
                 raise  # the disk or the network failed: the picture may be readable next time
-            broken.append(f"{name} ({type(error).__name__}: {error})")
-            return None
+            return None, f"{name} ({type(error).__name__}: {error})", label
 
+    at_once = max(16, min(512, 2**24 // res**2))  # results that may wait: at most 48 MB
     with ThreadPoolExecutor() as pool:
-        for i in range(0, len(names), 512):
-            for sample in pool.map(decode, names[i : i + 512], labels[i : i + 512]):
-                if sample is not None:
-                    yield sample
-    if broken:
-        print(f"skipped {len(broken)} of {len(names)} that could not be decoded:", *sorted(broken)[:10], sep="\n  ")
+        for i in range(0, len(names), at_once):
+            now = slice(i, i + at_once)
+            for pixels, notes, label in pool.map(work, names[now], files[now], labels[now]):
+                yield pixels, label, notes
 
 
-def read_picture(file, res):
-    """Decodes one picture: upright, RGB, centre crop, resized with antialiasing."""
-    with Image.open(file) as im:
-        im.draft("RGB", (res, res))  # JPEG: let the decoder halve while it decodes, as long as it stays above res
-        im = ImageOps.exif_transpose(im)
-        if im.mode == "F":
-            raise ValueError("floating-point pixels have no agreed range")
-        if im.mode.startswith("I"):  # 16 bits
-            im = Image.fromarray((np.asarray(im) // 257).clip(0, 255).astype(np.uint8))
-        if im.has_transparency_data:
-            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
-        return np.asarray(ImageOps.fit(im.convert("RGB"), (res, res), Image.Resampling.LANCZOS))
+def read_picture(content, res, channels=3):
+    """Decodes a picture file: (uint8 (res, res, channels), list of what was done with it). Upright, transparency on
+    white, the centre square, resized with antialiasing."""
+    colours, opaque, done = decode(content, res)
+    if opaque is not None:
+        colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), opaque)
+        done.append("transparency turned white")
+    square = ImageOps.fit(colours, (res, res), Image.Resampling.LANCZOS)
+    pixels = np.array(square if channels == 3 else square.convert("L"))
+    return pixels.reshape(res, res, channels), done
+
+
+def read_mask(content, res):
+    """Decodes a mask, as bool (res, res), True in the hole, and what was done with it: what is painted, if the mask is
+    transparent elsewhere; else what is bright (or 1, if nothing is more)."""
+    colours, opaque, done = decode(content, res)
+    mask, rule = colours.convert("L"), "hole: where it is white"
+    if opaque is not None:
+        mask, rule = opaque, "hole: where it is painted, not transparent"
+    values = np.asarray(ImageOps.fit(mask, (res, res), Image.Resampling.NEAREST))
+    return values > (0 if values.max() <= 1 else 127), [*done, rule]
+
+
+def decode(content, res):
+    """A picture file's pixels, upright and as sRGB: (RGB image, its opacity as an L image, or None if it is opaque
+    everywhere, list of what was done). JPEGs may be smaller than the file says, but not smaller than res."""
+    try:
+        im = Image.open(io.BytesIO(content))
+        size = im.size
+        im.draft("RGB", (res, res))  # JPEG: the decoder halves while it decodes, as long as it stays above res
+        im.load()
+    except Exception:
+        im = Image.open(io.BytesIO(bare_png(content)))
+        size = im.size
+        im.load()
+    done = []
+    with contextlib.suppress(Exception):  # the second frame may be damaged; only the first matters
+        if getattr(im, "is_animated", False):
+            done.append("the first of its frames")
+    turn = None
+    with contextlib.suppress(Exception):  # damaged metadata
+        turn = TURNS.get(im.getexif().get(ExifTags.Base.Orientation))
+
+    opaque, profile = opacity(im, content), im.info.get("icc_profile")
+    colours = eight_bits(im)
+    if colours is not im and colours.getextrema()[1] < 16:
+        done.append("nearly black, for it uses only the lowest of its 16 bits")
+    mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(colours.mode, "RGB")
+    colours = colours.convert(mode)
+    transform = to_srgb(profile, mode) if profile else None
+    if transform:
+        colours = ImageCms.applyTransform(colours, transform)
+        done.append("colours converted to sRGB")
+    colours = colours.convert("RGB")
+
+    if turn is not None:
+        colours = colours.transpose(turn)
+        opaque = opaque and opaque.transpose(turn)
+        done.append("turned upright")
+    if size[0] != size[1]:
+        done.append("cropped to the centre square")
+    if min(size) != res:
+        done.append(f"{'resized' if min(size) > res else 'enlarged'} to {res}x{res}")
+    return colours, opaque, done
+
+
+# What makes a picture upright, by the orientation that EXIF gives it.
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
+
+
+def bare_png(content):
+    """A PNG with nothing but its pixels, in case the damage is elsewhere; other files as they are."""
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return content
+    kept, at = content[:8], 8
+    while at < len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")  # length, name, data, checksum
+        if content[at + 4 : at + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT"):
+            kept += content[at:end]
+        at = end
+    return kept + b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def opacity(im, content):
+    """An L image, 255 where a picture is opaque and 0 where transparent; None if it is opaque everywhere."""
+    if not im.has_transparency_data:
+        return None
+    colour = im.info.get("transparency")
+    if im.format == "PNG" and im.mode in ("1", "L", "I;16", "RGB"):
+        # One colour is transparent. It is written with the file's bits per sample; Pillow's pixels have 8, or 16.
+        bits, pixels = content[24], np.asarray(im if im.mode != "1" else im.convert("L"))
+        colour = np.array(colour)
+        if im.mode == "RGB" and bits == 16:
+            colour = colour >> 8
+        if im.mode == "L" and bits < 8:
+            colour = colour * 255 // (2**bits - 1)
+        differs = pixels != colour
+        opaque = Image.fromarray(np.uint8(255) * (differs.any(2) if im.mode == "RGB" else differs))
+    else:
+        opaque = im.convert("RGBA").getchannel("A")
+    return opaque if opaque.getextrema()[0] < 255 else None
+
+
+def eight_bits(im):
+    """A picture with 8 bits per colour. Pillow reads most files so, but not grey ones of 16 bits."""
+    if im.mode.startswith("I;16") or (im.mode == "I" and im.format == "PPM"):
+        tags = im.tag_v2 if im.format == "TIFF" else {}
+        bits = tags.get(ExifTags.Base.BitsPerSample, [16])[0]  # 12 or 16
+        values = np.asarray(im) / (2**bits - 1)
+        if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is 0
+            values = 1 - values
+        return Image.fromarray((255 * values + 0.5).astype(np.uint8))
+    if im.mode in ("I", "F"):
+        raise ValueError("integers of 32 bits and floating-point numbers have no agreed black and white")
+    return im
+
+
+@functools.lru_cache(maxsize=16)
+def to_srgb(profile, mode):
+    """The transform from a colour profile (the bytes in a file) to sRGB; None if there is nothing to do, or if the
+    profile is broken or not for such pictures."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return None
+        return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
 
 
 def find_celeba(root):
@@ -542,32 +776,79 @@ def plot(curves, xlabel):
 def stream_faces(res):
     at_once = max(1, 2**16 // res**2)  # few enough to stay in the processor's cache, which is faster than threads
     for i in range(0, FACES, at_once):
-        yield from zip(*draw_faces(range(i, min(i + at_once, FACES)), res))
+        for pixels, label in zip(*draw_faces(range(i, min(i + at_once, FACES)), res)):
+            yield pixels, label, []
 
 
-def write_pack(pack, samples, n):
-    """Writes samples to `pack`, raw bytes of one picture after another, and the labels to a .npy beside it. n: how
-    many there will be, or None.
+def is_writable(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
-    Both are written in a temporary folder and move when they are whole. The folder is deleted even if this fails,
+
+def write_pack(pack, source, samples, n, label_names):
+    """Writes samples to `pack`, raw bytes of one picture after another, and what belongs to them into a .npz beside it.
+    n: how many there will be, or None. What could not be read is listed in a .skipped.txt.
+
+    All are written in a temporary folder and move when they are whole. The folder is deleted even if this fails,
     unless the process is killed outright.
     """
-    labels, began = [], time.perf_counter()
+    labels, skipped, done, digest, began = [], [], Counter(), hashlib.sha256(), time.perf_counter()
     pack.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="part-", dir=pack.parent) as folder:
-        part = Path(folder, "part")
+        part = Path(folder, "part.images")
         with open(part, "wb") as file:  # not a memory map: there, a full disk kills the process without a message
-            for pixels, label in samples:
+            for pixels, label, notes in samples:
+                if pixels is None:
+                    skipped.append(notes)
+                    continue
                 file.write(pixels.tobytes())
+                digest.update(pixels.tobytes())
                 labels.append(label)
+                done.update(notes)
                 if len(labels) % 2000 == 0:
                     report_packing(len(labels), n, time.perf_counter() - began)
+        if skipped:
+            print(f"skipped {len(skipped)} of {n} that could not be read:", *skipped[:10], sep="\n  ")
         if not labels:
-            fail(f"none of the {n:,} pictures could be decoded")
-        np.save(part.with_suffix(".npy"), np.array(labels, np.int64))
-        part.with_suffix(".npy").replace(pack.with_suffix(".npy"))
-        part.replace(pack)  # the pictures last: a pack that exists has its labels
-    print(f"  {len(labels):,} pictures", flush=True)
+            fail(f"none of the {n:,} pictures could be read")
+        labels, label_names = drop_empty_classes(np.array(labels, np.int64), label_names)
+        np.savez(part.with_suffix(".npz"), labels=labels, label_names=np.array(label_names, str), skipped=len(skipped),
+                 digest=digest.hexdigest(), source=str(source.resolve()))
+        part.with_suffix(".skipped.txt").write_text("\n".join(skipped), errors="backslashreplace")
+        for ending in (".skipped.txt", ".npz", ".images"):  # the pictures last: a pack that exists is complete
+            part.with_suffix(ending).replace(pack.with_suffix(ending))
+    print(f"  {len(labels):,} pictures", *(f"{count:,} {note}" for note, count in done.items()), sep=", ", flush=True)
+
+
+def drop_empty_classes(labels, label_names):
+    """Without the classes none of whose pictures could be read."""
+    if labels.ndim == 2:
+        return labels, label_names
+    present = np.unique(labels[labels >= 0])
+    for i, name in enumerate(label_names):
+        if i not in present:
+            print(f"no class {name}: none of its pictures could be read")
+    return np.where(labels < 0, -1, np.searchsorted(present, labels)), [label_names[i] for i in present]
+
+
+def report_old_packs(pack, source):
+    """Says which packs beside this one are of data that has gone or changed; deleting them is for the user."""
+    old, size = [], 0
+    for other in pack.parent.glob("*.images"):
+        origin = ""  # packs of earlier versions do not say where they are from
+        if other.with_suffix(".npz").exists():
+            with np.load(other.with_suffix(".npz")) as beside:
+                origin = str(beside["source"])
+        same_data = origin == str(source.resolve()) and other.name.split("-")[:-1] == pack.name.split("-")[:-1]
+        if other != pack and (same_data or not os.path.exists(origin)):
+            old.append(shlex.quote(str(other.with_suffix(""))) + ".*")
+            size += other.stat().st_size
+    if old:
+        print(f"packs of data that has gone or changed, {size / 1e6:,.1f} MB; to delete them: rm {' '.join(old)}")
 
 
 def report_packing(done, n, seconds):
@@ -585,37 +866,40 @@ def report_packing(done, n, seconds):
 IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 BINARY = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
 
-OFFICIAL = {  # files: what is published, with its MD5; unpacked: the files inside
+OFFICIAL = {  # files: what is published, with its MD5; unpacked: the files inside; folders: where people have them
     "mnist": dict(
-        res=28, channels=1, unpacked=IDX, url="https://ossci-datasets.s3.amazonaws.com/mnist/",
+        res=28, channels=1, unpacked=IDX, folders=["mnist", "MNIST"], url="https://ossci-datasets.s3.amazonaws.com/mnist/",
         label_names="0 1 2 3 4 5 6 7 8 9".split(),
         files={"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
                "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
                "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
                "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}),
     "fashion": dict(
-        res=28, channels=1, unpacked=IDX, url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        res=28, channels=1, unpacked=IDX, folders=["fashion", "fashion-mnist", "FashionMNIST"],
+        url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         label_names="T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
         files={"train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
                "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
                "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
                "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310"}),
     "cifar10": dict(
-        res=32, channels=3, unpacked=BINARY, url="https://www.cs.toronto.edu/~kriz/",
+        res=32, channels=3, unpacked=BINARY, folders=["cifar10", "cifar-10-batches-bin"], url="https://www.cs.toronto.edu/~kriz/",
         label_names="airplane automobile bird cat deer dog frog horse ship truck".split(),
         files={"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
 }
+
+NAMES = ["faces", "celeba", *OFFICIAL, *POINTS]  # anything else that --data is given is the path of a folder or zip
 
 
 def look(name, root):
     """Returns (files, []) if the dataset is there, unpacked or as published; else ([], the names of the published files
     that are missing).
 
-    Looks in root/NAME and below it, then in root itself, in case that is the dataset's own folder. Not in other
-    folders: MNIST and Fashion-MNIST call their files alike.
+    Looks below the folders of root that have the dataset's name, as we, torchvision and Debian spell it, then in root
+    itself, in case that is the dataset's own folder. Not elsewhere: MNIST and Fashion-MNIST call their files alike.
     """
     about = OFFICIAL[name]
-    for candidates in ((root / name).rglob("*"), root.glob("*")):
+    for candidates in [*((root / folder).rglob("*") for folder in about["folders"]), root.glob("*")]:
         by_name = {}
         for file in candidates:
             if file.is_file():
@@ -629,7 +913,7 @@ def look(name, root):
 def find_official(name, root):
     files, missing = look(name, root)
     if missing:
-        fail(f"{name} is not there: no {', '.join(missing)} (or unpacked) in {root / name}/. Type python train.py "
+        fail(f"{name} is not there: no {', '.join(missing)} (or unpacked) in {root / name}/ or {root}/. Type python train.py "
              f"--data {name} --root {root} --download, or get {OFFICIAL[name]['url']}NAME, into that folder")
     return files
 
@@ -652,7 +936,7 @@ def stream_official(name, files, res):
     for pictures, labels in zip(arrays[::2], arrays[1::2]):
         for picture, label in zip(pictures, labels):
             resized = Image.fromarray(picture).resize((res, res), Image.Resampling.LANCZOS)
-            yield np.asarray(resized), label
+            yield np.asarray(resized), label, []
 
 
 def arrays_in(file):
@@ -744,13 +1028,13 @@ def main(argv=None):
     res = args.res or usual_res(args.data)
     to = run_folder(args.data, res) / "data.png"
     make_folder_for(to)
-    images, _, label_names = load(args.data, args.root, res)
+    images, _, label_names, _ = load(args.data, args.root, res)
     if args.data in POINTS:
         sheet = scatter(images[:2000])
     else:
-        sheet = grid(images[split(len(images))[1][:64]])
+        sheet = grid(images[permutation(len(images), seed=0, epoch=0)[:64]])
     sheet.save(to)
-    print(f"{len(images):,} samples; labels: {', '.join(filter(None, label_names)) or 'none'}; wrote {to}")
+    print(f"{len(images):,} samples; labels: {', '.join(label_names) or 'none'}; wrote {to}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -812,6 +1096,7 @@ def run(main):
     """Runs a program. Failures that are no mistake of the program (a full disk, no permission, too little memory) end
     it with one line instead of a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid Unicode
+    warnings.filterwarnings("ignore", module="PIL")  # about metadata; what cannot be read is an error
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, exit_on_signal)
     if sys.platform == "linux":

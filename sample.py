@@ -7,6 +7,7 @@ the raw float32 array (n, C, H, W) or (n, 2), no ending a folder of single PNGs.
 """
 
 import argparse
+import hashlib
 import math
 import time
 from pathlib import Path
@@ -86,7 +87,7 @@ def write(x, states, config, to, columns=None):
         np.save(part, x.cpu().numpy())
     else:
         for i, pixels in enumerate(data.to_uint8(x)):
-            Image.fromarray(pixels.squeeze()).save(to / f"{i:05d}.png")
+            Image.fromarray(pixels.squeeze()).save(to / picture_name(i))
     if to.suffix:
         part.replace(to)
     print(f"wrote {to}")
@@ -99,15 +100,17 @@ def main(argv=None):
     checkpoint = read_checkpoint(file)
     net, config = checkpoint["network"].to(device).eval().requires_grad_(False), checkpoint["config"]
     to = args.to or file.parent / "samples.png"
-    check_output(to, config)
     if config.network == "mlp" and device.type == "cpu":
         torch.set_num_threads(1)  # layers of microseconds are slower when threads share them
+    rows = parse_label(args.label, checkpoint)
+    if config.drop == 0 and checkpoint["label_names"] and (rows is None or args.guidance != 1):
+        data.fail("with --drop 0 no label was ever hidden in training, so this network must be given a --label, and "
+                  "no --guidance, which compares with hidden ones")
     if args.bpd:
-        return likelihood(net, config, args.bpd, args.steps, args.seed, device, args.batch)
+        return likelihood(net, config, checkpoint, args.bpd, args.steps, args.seed, device, args.batch)
     if args.paths:
         return write_paths(net, config, to, device, args)
 
-    rows = parse_label(args.label, checkpoint)
     y, n, columns = None, args.n, args.columns
     if rows is not None:  # the same number of samples for each row of labels
         each = math.ceil(args.n / len(rows))
@@ -117,8 +120,11 @@ def main(argv=None):
     z = noise(range(n), shape_of(config), args.seed).to(device)
     if args.sweep:
         return sweep(net, config, z, y, args.batch)
+    check_output(to, config, 3 if args.invert else n * (args.interpolate or 1))
     if args.invert:
-        picture = read_exactly(args.invert, shape_of(config), device)
+        if rows is not None and len(rows) > 1:
+            data.fail("--invert takes a single --label, the picture's own")
+        picture = read_picture(args.invert, config, device)
         return write(*invert(net, config, picture, args.steps, y), config, to, args.columns or 3)
     start, known = 0.0, None
     if args.interpolate:
@@ -127,9 +133,9 @@ def main(argv=None):
         columns = args.columns or args.interpolate  # a row from each noise to the next
     if args.source:
         start = 1 - args.strength
-        z = noisy(read_exactly(args.source, shape_of(config), device), z, start, config)
+        z = noisy(read_picture(args.source, config, device), z, start, config)
     if args.inpaint:
-        known = read_exactly(args.inpaint, shape_of(config), device), read_mask(args.mask, config, device)
+        known = read_picture(args.inpaint, config, device), read_mask(args.mask, config, device)
     x, states = generate_in_batches(net, config, z, y, args, start, known, keep_states=to.suffix == ".gif")
     write(x, states, config, to, columns)
 
@@ -217,26 +223,33 @@ def invert(net, config, x, steps, y):
     return torch.cat([x, e, again]), states
 
 
-def read_exactly(file, shape, device):
-    """A picture of just the network's size and mode, or a mask of its size: (1, C, H, W) in [-1, 1]."""
+def read_picture(file, config, device):
+    """Any picture, prepared as for training, (1, C, H, W) in [-1, 1]; prints what was done with it."""
+    shape = shape_of(config)
     if len(shape) < 3:
         data.fail(f"{file}: this network draws points, not pictures")
-    mode, res = {1: "L", 3: "RGB"}[shape[0]], shape[-1]
-    try:
-        with Image.open(file) as im:
-            found, pixels = f"{im.mode} {im.width}x{im.height}", np.array(im)
-    except Exception as error:  # whatever a broken file makes a decoder raise
-        data.fail(f"{file} is no picture that can be read ({error})")
-    if found != f"{mode} {res}x{res}":
-        data.fail(f"{file} is {found}, but must be {mode} {res}x{res}: python -c \"from PIL import Image; Image.open("
-                  f"'{file}').convert('{mode}').resize(({res}, {res})).save('fits.png')\"")
-    return data.to_tensor(pixels.reshape(1, res, res, -1), device)
+    pixels = decoded(file, data.read_picture, config.res, shape[0])
+    return data.to_tensor(pixels[None], device)
 
 
 def read_mask(file, config, device):
-    """bool (1, 1, H, W): True in the hole, where the mask is white."""
-    _, *size = shape_of(config)
-    return read_exactly(file, (1, *size), device) > 0
+    """bool (1, 1, H, W): True in the hole, see `data.read_mask`."""
+    hole = decoded(file, data.read_mask, config.res)
+    if not hole.any():
+        data.fail(f"{file} has no hole: make it white where the picture is to be filled in, black elsewhere (or paint "
+                  f"there, and leave the rest transparent)")
+    if hole.all():
+        print(f"{file} is all hole: nothing of the picture is kept")
+    return torch.from_numpy(hole)[None, None].to(device)
+
+
+def decoded(file, read, *sizes):
+    try:
+        pixels, done = read(Path(file).read_bytes(), *sizes)
+    except Exception as error:  # whatever a broken file makes a decoder raise
+        data.fail(f"{file} is no picture that can be read ({error})")
+    print(f"{file}: {', '.join(done) or 'as it is'}")
+    return pixels
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -251,6 +264,7 @@ def write_paths(net, config, to, device, args):
         data.fail("--paths draws the flow of points in the plane: python train.py --data moons")
     if to.suffix != ".png":
         data.fail(f"--paths writes a .png, not {to}")
+    check_output(to, config, 1)
     e = noise(range(args.n), (2,), args.seed)
     x = data.points(config.dataset, args.n, data.seed_from(1, data.HELD_OUT, 0))
     paired = fm.ot_pair(x, e, config.ot_block) if config.ot else e
@@ -275,15 +289,15 @@ def write_paths(net, config, to, device, args):
     print(f"wrote {to}")
 
 
-def likelihood(net, config, n, steps, seed, device, batch):
+def likelihood(net, config, checkpoint, n, steps, seed, device, batch):
     """Prints bits per dimension (pictures) or nats (points) of n held-out samples, with the standard error.
 
     This uses the field with training's clamp, since an unclamped x-prediction divides by 0 at t = 1, where the solve
     from data to noise begins. For t > 0.95 the clamp bends an x-prediction's flow. Followed from noise to data it ends
     near 0.98 x + 0.018 e: the density is blurred by noise of 0.018, and scores no picture below about 3 bits.
     """
-    images, _, _ = data.load(config.dataset, config.root, config.res)
-    _, held_out = data.split(len(images))
+    images, _, _, _ = load_data(config, checkpoint)
+    training, held_out = data.split(len(images))
     x = data.to_tensor(images[held_out[:n]], torch.device("cpu"))
     points = config.dataset in data.POINTS
     g = torch.Generator().manual_seed(data.seed_from(seed, data.TRACE))
@@ -299,7 +313,8 @@ def likelihood(net, config, n, steps, seed, device, batch):
         scores.append(-log_p.cpu() if points else fm.bits_per_dimension(log_p.cpu(), x[0].numel()))
     score = torch.cat(scores)
     error = score.std(correction=min(1, len(score) - 1)) / math.sqrt(len(score))
-    print(f"{score.mean():.3f} +- {error:.3f} {'nats' if points else 'bits per dimension'} on {len(score)} held-out "
+    which = "training (too few to hold any out)" if len(training) == len(images) else "held-out"
+    print(f"{score.mean():.3f} +- {error:.3f} {'nats' if points else 'bits per dimension'} on {len(score)} {which} "
           f"samples, {steps} steps of heun, NFE {nfe}")
 
 
@@ -368,7 +383,8 @@ def parse_flags(argv):
     parser.add_argument("--strength", type=data.number(float, 1e-3, 1), default=0.6,
                         help="for --from: how much noise; 1 leaves nothing else")
     modes.add_argument("--inpaint", metavar="PICTURE", help="fill a hole in this picture")
-    parser.add_argument("--mask", metavar="PICTURE", help="for --inpaint: white where the hole is, else black")
+    parser.add_argument("--mask", metavar="PICTURE",
+                        help="for --inpaint: white where the hole is, or painted, if the rest is transparent")
     modes.add_argument("--invert", metavar="PICTURE", help="instead: to its noise and back, in --steps of heun")
     modes.add_argument("--paths", action="store_true", help="instead, of points: pairs, velocities and paths")
     modes.add_argument("--sweep", action="store_true", help="instead: a table of error against NFE, all solvers")
@@ -397,40 +413,71 @@ def pair_of_times(text):
         low, high = (float(word) for word in text.split(","))
     except ValueError:
         low, high = 1, 0
-    if not low <= high:
+    if not 0 <= low <= high <= 1:
         raise argparse.ArgumentTypeError(f"{text} must be two times, the earlier first, such as 0.1,1")
     return low, high
 
 
-def check_output(to, config):
-    """Refuses what cannot be written before the work."""
+def check_output(to, config, n):
+    """Refuses what cannot be written before the work. n: how many pictures there will be."""
     points = config.dataset in data.POINTS
     if to.suffix not in (".png", ".gif", ".npy") and (points or to.suffix):
         data.fail(f"cannot write {to}: its ending must be .png, .gif, .npy or, for pictures, none (a folder)")
     data.make_folder_for(to)
+    if not to.suffix:
+        others = {file.name for file in to.glob("*.png")} - {picture_name(i) for i in range(n)}
+        if others:
+            data.fail(f"{to}/ holds {len(others)} other pictures, such as {min(others)}, that would stay among the {n} "
+                      f"new ones: name an empty or a new folder")
+
+
+def picture_name(i):
+    return f"{i:05d}.png"
 
 
 def parse_label(text, checkpoint):
     """--label as rows of y, or None without it. Classes: "a,b" is a row for each. Attributes: "a,b" is one row, of
-    samples with both. "all" is a row for each class or attribute."""
+    samples with both. "all" is a row for each class or attribute. Numbers count from 0, unless labels are called by
+    numbers: a name is always what it says."""
     if text is None:
         return None
     names = checkpoint["label_names"]
-    words = names if names and text == "all" else text.split(",")
-    numbers = {}
-    for i, name in enumerate(names):
-        numbers[str(i)] = i
-    for i, name in enumerate(names):
-        numbers[name] = i  # a name counts before a number
-    for word in words:
+    numbers = {name: i for i, name in enumerate(names)}
+    if not any(name.isdigit() for name in names):
+        numbers.update({str(i): i for i in range(len(names))})
+    every = text == "all" and names and text not in numbers
+    y, words = list(range(len(names))) if every else [], text.split(",")
+    while words and not every:
+        k = len(words)  # a name may have commas: take the longest that fits
+        while k > 1 and ",".join(words[:k]).strip() not in numbers:
+            k -= 1
+        word = ",".join(words[:k]).strip()
         if word not in numbers:
             learnt = ", ".join(names) or "no labels; train with --cond all"
             data.fail(f"--label {word}: this network has learnt {learnt}")
-    y = torch.tensor([numbers[word] for word in words])
+        y.append(numbers[word])
+        words = words[k:]
+    y = torch.tensor(y)
     if not checkpoint["multi_hot"]:
         return y  # (R,)
     rows = torch.nn.functional.one_hot(y, len(names))  # (R, K)
-    return rows if text == "all" else rows.amax(dim=0, keepdim=True)
+    return rows if every else rows.amax(dim=0, keepdim=True)
+
+
+def load_data(config, checkpoint=None):
+    """What a run learns from: (images, labels, label_names, content). content: a hash of all three. Refuses data that
+    are not the checkpoint's."""
+    *dataset, digest = data.load(config.dataset, config.root, config.res)
+    images, labels, label_names = data.choose_labels(*dataset, config.cond)
+    content = hashlib.sha256(repr((digest, label_names)).encode() + labels.tobytes()).hexdigest()[:16]
+    if checkpoint:
+        was = checkpoint["config"].dataset
+        if checkpoint["n"] != len(images) or checkpoint["content"] not in (content, None):
+            data.fail(f"{config.dataset} is not what {config.out} has learnt from: the pictures or their labels differ. "
+                      f"Give it those, or start anew: train.py --out DIR")
+        if was != config.dataset:
+            print(f"{config.dataset} holds the same pictures and labels as {was} did")
+    return images, labels, label_names, content
 
 
 # Fields of Config as older checkpoints call them.
@@ -449,6 +496,7 @@ def read_checkpoint(file):
         fields = {RENAMED.get(name, name): value for name, value in checkpoint["config"].items()}
         checkpoint["config"] = SimpleNamespace(**fields)
         checkpoint.setdefault("multi_hot", fields["dataset"] in ("faces", "celeba"))
+        checkpoint.setdefault("content", None)  # older ones do not say
         for key in ("step", "label_names", "log", "n"):
             if key not in checkpoint:
                 raise KeyError(key)

@@ -19,11 +19,13 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 
@@ -36,7 +38,7 @@ import torch
 import torch.distributed.run
 import torch.nn.functional as F
 from numpy.testing import assert_allclose, assert_array_equal
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from pytest import approx
 from torch.testing import assert_close
 
@@ -582,7 +584,7 @@ def test_a_folder_is_packed_once_with_sub_folders_as_labels_and_again_when_it_ch
     make_pictures(Path("pets/dog"), 2)
     Path("pets/folder.png").mkdir()
     assert packs(capsys, "pets") and not packs(capsys, "pets")
-    images, labels, names = data.load("pets", "data", 16)
+    images, labels, names, _ = data.load("pets", "data", 16)
     assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
     assert names == ["cat", "dog"] and labels.tolist() == [0, 0, 0, 1, 1]
     os.utime("pets/cat/000000.jpg", (0, 0))
@@ -613,7 +615,7 @@ def test_every_one_of_many_pictures_keeps_its_own_label():
         Image.new("L", (8, 8), colour).save("one.bmp")
         for i in range(n):
             shutil.copy("one.bmp", f"pets/{name}/{i}.bmp")
-    images, labels, _ = data.load("pets", "data", 8)
+    images, labels, _, _ = data.load("pets", "data", 8)
     assert np.array_equal(images[:, 0, 0, 0] > 127, labels) and labels.sum() == 9
 
 
@@ -622,7 +624,7 @@ def test_broken_pictures_are_skipped_counted_and_named(capsys):
     whole = Path("pets/000000.jpg").read_bytes()
     Path("pets/half.jpg").write_bytes(whole[: len(whole) // 2])
     Image.new("F", (9, 9)).save("pets/float.tiff")
-    images, labels, _ = data.load("pets", "data", 16)
+    images, labels, _, _ = data.load("pets", "data", 16)
     assert len(images) == len(labels) == 3
     said = capsys.readouterr().out
     assert "skipped 2 of 5" in said and "half.jpg" in said and "float.tiff" in said
@@ -675,7 +677,7 @@ def test_celeba_is_found_in_its_usual_shapes_with_its_attributes(place):
         shutil.copytree("img_align_celeba", place)
     rows = "3\nSmiling Bald\n000000.jpg 1 -1\n000001.jpg  -1 -1\n000002.jpg  1  1\n"
     (place.parent / "list_attr_celeba.txt").write_text(rows)
-    images, labels, names = data.load("celeba", "data", 16)
+    images, labels, names, _ = data.load("celeba", "data", 16)
     assert images.shape == (3, 16, 16, 3)
     assert names == ["Smiling", "Bald"] and labels.tolist() == [[1, 0], [0, 0], [1, 1]]
 
@@ -688,11 +690,159 @@ def test_an_attribute_table_that_lacks_pictures_is_refused(table, capsys):
 
 
 def test_attributes_are_learnt_in_the_order_asked_for():
-    labels, names = np.array([[1, 0, 0], [0, 1, 0]]), ["smiling", "hat", "beard"]
-    chosen, learnt = data.choose_labels(labels, names, "hat,smiling")
+    images, labels, names = np.zeros(2), np.array([[1, 0, 0], [0, 1, 0]]), ["smiling", "hat", "beard"]
+    _, chosen, learnt = data.choose_labels(images, labels, names, "hat, smiling")
     assert learnt == ["hat", "smiling"] and chosen.tolist() == [[0, 1], [1, 0]]
-    assert data.choose_labels(labels, names, "all") == (labels, names)
-    assert data.choose_labels(labels, names, "")[0].tolist() == [0, 0]
+    assert data.choose_labels(images, labels, names, "all") == (images, labels, names)
+    assert data.choose_labels(images, labels, names, "")[1].tolist() == [0, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# data.py: what a folder or zip holds, and what its pictures are called
+
+PICTURE = functools.cache(lambda shade=0: encoded(Image.new("L", (8, 8), shade), "PNG"))
+
+
+def make_dataset(files, zipped, separator="/"):
+    """A folder or zip of the given files, {name: content or the shade of a picture}; returns its name."""
+    contents = {name: PICTURE(file) if isinstance(file, int) else file for name, file in files.items()}
+    if zipped:
+        with zipfile.ZipFile("pets.zip", "w") as archive:
+            for name, content in contents.items():
+                entry = zipfile.ZipInfo()
+                entry.filename = name.replace("/", separator)
+                archive.writestr(entry, content)
+        return "pets.zip"
+    for name, content in contents.items():
+        file = Path("pets", name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return "pets"
+
+
+in_both = parametrize("zipped", [False, True], ids=["folder", "zip"])
+
+
+@in_both
+@parametrize("hidden", [".a.png", ".git/a.png", "cat/.thumbnails/a.png", "@eaDir/a.png", "__MACOSX/cat/._a.png",
+                        "$RECYCLE.BIN/a.png", "cat/Thumbs.db", "cat/.DS_Store"])
+def test_what_a_system_hides_is_neither_picture_nor_class(hidden, zipped, capsys):
+    name = make_dataset({"cat/a.png": 0, "dog/b.png": 255, hidden: 9}, zipped)
+    images, _, names, _ = data.load(name, "data", 8)
+    assert len(images) == 2 and names == ["cat", "dog"] and "left out" not in capsys.readouterr().out
+
+
+@in_both
+def test_what_is_no_picture_is_counted_by_its_ending(zipped, capsys):
+    others = {"a.txt": b"", "b.TXT": b"", "cat/c.mp4": b"", "README": b""}
+    assert len(data.load(make_dataset({"a.png": 0, **others}, zipped), "data", 8)[0]) == 1
+    assert "left out: 2 .txt, 1 without an ending, 1 .mp4" in capsys.readouterr().out
+
+
+@needs_unix
+def test_links_are_followed_but_not_in_circles(capsys):
+    make_dataset({"cat/a.png": 0}, zipped=False)
+    write(Path("elsewhere"), {"b.png": PICTURE(255)})
+    for link, target in (("pets/dog", "elsewhere"), ("pets/cat/c.png", "elsewhere/b.png"), ("pets/cat/circle", "pets"),
+                         ("elsewhere/back", "elsewhere"), ("pets/gone.png", "nowhere")):
+        Path(link).symlink_to(Path(target).absolute())
+    images, labels, names, _ = data.load("pets", "data", 8)
+    assert names == ["cat", "dog"] and labels.tolist() == [0, 0, 1] and images[:, 0, 0, 0].tolist() == [0, 255, 255]
+    said = capsys.readouterr().out
+    for link in ("pets/cat/circle, a link to a folder that holds it", "pets/dog/back, a link", "pets/gone.png, a link to nothing"):
+        assert link in said
+
+
+def test_a_zip_from_windows_has_folders_and_one_with_two_equal_names_is_refused(capsys):
+    _, labels, names, _ = data.load(make_dataset({"cat/a.png": 0, "dog/b.png": 255}, True, "\\"), "data", 8)
+    assert names == ["cat", "dog"] and labels.tolist() == [0, 1]
+    with zipfile.ZipFile("pets.zip", "a") as archive:
+        archive.writestr("dog/b.png", PICTURE(9))
+    load_refused(capsys, "pets.zip", "dog/b.png twice", "unpack")
+
+
+STYLEGAN = b'{"labels": [["0/a.png", 3], ["0/b.png", 1], ["1/c.png", 3]]}'
+
+
+@in_both
+@parametrize("files,names,labels,words", [
+    ({"cat/a.png": 0, "dog/b.png": 1, "dog/c.png": 2}, ["cat", "dog"], [0, 1, 1], "2 classes from sub-folders"),
+    ({"top/cat/a.png": 0, "top/dog/b.png": 1}, ["cat", "dog"], [0, 1], "2 classes"),  # a zip of the folder top
+    ({"cat/a.png": 0, "dog/b.png": 1, "c.png": 2}, ["cat", "dog"], [0, 1, -1], "1 pictures have none, and --cond leaves"),
+    ({"a.png": 0, "b.png": 1}, [], [-1, -1], ""),
+    ({"cat/a.png": b"broken", "cow/b.png": 1, "dog/c.png": 2}, ["cow", "dog"], [0, 1], "no class cat"),
+    ({"0/a.png": 0, "0/b.png": 1, "1/c.png": 2, "dataset.json": STYLEGAN}, ["1", "3"], [1, 0, 1], "from dataset.json"),
+    ({"x/0/a.png": 0, "x/0/b.png": 1, "x/dataset.json": STYLEGAN}, ["1", "3"], [1, 0], "from x/dataset.json"),
+    ({"0/a.png": 0, "1/b.png": 1, "dataset.json": b'{"labels": null}'}, [], [-1, -1], ""),
+    ({"cat/a.png": 0, "dog/b.png": 1, "dataset.json": b'{"name": "pets"}'}, ["cat", "dog"], [0, 1], "dataset.json was seen"),
+    ({"cat/a.png": 0, "dog/b.png": 1, "dataset.json": b"no JSON"}, ["cat", "dog"], [0, 1], "dataset.json was seen"),
+    ({"a.png": 0, "b.png": 1, "metadata.csv": b"\xef\xbb\xbffile_name,label\na.png,dog\nb.png,cat\n"}, ["cat", "dog"], [1, 0], "from metadata.csv"),
+    ({"a.png": 0, "b.png": 1, "metadata.jsonl": b'{"file_name": "a.png", "label": "dog"}\n{"file_name": "b.png", "label": "cat"}\n'}, ["cat", "dog"], [1, 0], "from metadata.jsonl"),
+    ({"a.png": 0, "b.png": 1, "metadata.csv": b"file_name,text\na.png,a dog\n"}, [], [-1, -1], "metadata.csv was seen and ignored"),
+])
+def test_classes_are_sub_folders_or_what_a_table_says(files, names, labels, words, zipped, capsys):
+    images, got, got_names, _ = data.load(make_dataset(files, zipped), "data", 8)
+    assert (got_names, got.tolist()) == (names, labels) and words in capsys.readouterr().out
+    assert sorted(images[:, 0, 0, 0]) == sorted(shade for shade in files.values() if isinstance(shade, int))
+
+
+def test_pictures_without_a_class_are_left_out_when_classes_are_learnt():
+    dataset = data.load(make_dataset({"a.png": 1, "cat/b.png": 2, "dog/c.png": 3}, zipped=False), "data", 8)[:3]
+    images, labels, names = data.choose_labels(*dataset, "all")
+    assert images[:, 0, 0, 0].tolist() == [2, 3] and labels.tolist() == [0, 1] and names == ["cat", "dog"]
+    assert len(data.choose_labels(*dataset, "")[0]) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# data.py: which dataset it is
+
+
+def test_a_dataset_is_one_however_its_path_is_spelt_and_wherever_it_lies(capsys):
+    make_dataset({"cat/a.png": 0, "dog/b.png": 255}, zipped=False)
+    assert packs(capsys, "pets")
+    digest = data.load("pets", "data", 16)[3]
+    for name in ("pets/", "./pets", "../" + Path.cwd().name + "/pets", str(Path("pets").absolute())):
+        assert not packs(capsys, name) and data.run_folder(name, 16) == Path("out/pets-16")
+    shutil.move("pets", "there/pets")
+    assert not packs(capsys, "there/pets")
+    os.utime("there/pets/cat/a.png", (0, 0))
+    assert packs(capsys, "there/pets") and data.load("there/pets", "data", 16)[3] == digest
+    Path("there/pets/cat/a.png").write_bytes(PICTURE(9))
+    assert data.load("there/pets", "data", 16)[3] != digest
+
+
+def test_a_folder_called_like_a_dataset_is_not_shadowed_silently(capsys):
+    for name in ("moons", "faces"):
+        make_pictures(Path(name), 3)
+        data.load(name, "data", 16)
+        assert f"your own {name} in this folder: --data ./{name}" in capsys.readouterr().out
+        assert len(data.load(f"./{name}", "data", 16)[0]) == 3
+
+
+def test_packs_of_data_that_has_gone_or_changed_are_named_with_a_command_that_deletes_them(capsys):
+    for name in ("old pets", "pets"):
+        make_pictures(Path(name), 3)
+        data.load(name, "data", 16)
+    assert "to delete" not in capsys.readouterr().out
+    shutil.rmtree("old pets")
+    make_pictures(Path("pets"), 4)
+    data.load("pets", "data", 16)
+    said = capsys.readouterr().out
+    assert len(list(Path("data/cache").glob("*.images"))) == 3 and "or changed, 0.0 MB" in said
+    subprocess.run(said.split("to delete them: ")[1], shell=True, check=True)
+    assert {file.suffix for file in Path("data/cache").iterdir()} == {".images", ".npz", ".txt"}
+    assert not packs(capsys, "pets")
+
+
+def test_packs_go_to_the_present_folder_if_root_cannot_be_written(capsys):
+    Path("shared").mkdir()
+    Path("shared/cache").write_text("in the way, as a read-only disk would be")
+    make_pictures(Path("shared/img_align_celeba"), 3)
+    assert len(data.load("celeba", "shared", 16)[0]) == 3
+    assert len(list(Path("data/cache").glob("celeba-16-*.images"))) == 1
+    assert "packing" in capsys.readouterr().out
+    data.load("celeba", "shared", 16)
+    assert "packing" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -717,7 +867,7 @@ def test_points_fill_their_shape_and_nothing_else(name, centres, reach):
 
 
 def test_a_face_depends_on_its_index_alone_and_looks_alike_at_every_resolution():
-    images, labels, _ = data.load("faces", "data", 64)  # drawn in several pieces
+    images, labels, _, _ = data.load("faces", "data", 64)  # drawn in several pieces
     assert len(images) == 60
     for i in (5, 59):
         image, label = data.draw_faces([i], 64)
@@ -741,33 +891,202 @@ def test_an_attribute_shows_where_its_name_says(name, row, column):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# data.py: pictures in and out
+# data.py: pictures in. A corpus of small files, each of its own kind
 
 
-def test_pictures_are_cropped_to_the_centre_turned_upright_and_put_on_white():
-    Image.fromarray(np.repeat(np.uint8([[255] * 10 + [0] * 40 + [255] * 10]), 40, 0)).save("wide.png")
-    assert data.read_picture("wide.png", 20).max() < 20
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise, so its left half is the upper one
-    turned = Image.new("RGB", (40, 40))
-    turned.paste((255, 255, 255), (0, 0, 20, 40))
-    turned.save("turned.png", exif=exif)
-    got = data.read_picture("turned.png", 10)
-    assert got[:4].min() > 250 and got[-4:].max() < 5
-    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save("clear.png")
-    assert (data.read_picture("clear.png", 8) == 255).all()
-    ramp = np.linspace(0, 65535, 4096).reshape(64, 64)
-    Image.fromarray(ramp.astype(np.uint16)).save("deep.png")
-    assert_allclose(data.read_picture("deep.png", 64)[..., 0], ramp / 257, atol=1)
+def encoded(im, kind, **how):
+    """The bytes of a picture file."""
+    file = io.BytesIO()
+    im.save(file, kind, **how)
+    return file.getvalue()
+
+
+def halves(left, right, mode="RGB", size=(16, 16)):
+    """A picture of two colours, side by side."""
+    im = Image.new(mode, size, right)
+    im.paste(left, (0, 0, size[0] // 2, size[1]))
+    return im
+
+
+def png(colour_type, bits, left, right, size=16, **chunks):
+    """A PNG of two colours, written byte by byte from the published description of the format. left, right: tuples of
+    samples. size: as the file says; it always holds 16 x 16 pixels. chunks: what to put before the pixels, with a wrong
+    checksum if the name ends in _."""
+    def chunk(name, content):
+        checksum = zlib.crc32(name[:4].encode() + content) ^ (len(name) > 4)
+        return struct.pack(">I", len(content)) + name[:4].encode() + content + struct.pack(">I", checksum)
+
+    if bits < 8:
+        samples = left * 8 + right * 8
+        row = np.packbits(np.unpackbits(np.uint8(samples)[:, None], axis=1)[:, -bits:]).tobytes()
+    else:
+        row = np.array([left] * 8 + [right] * 8, f">u{bits // 8}").tobytes()
+    before = [chunk("IHDR", struct.pack(">IIBBBBB", size, size, bits, colour_type, 0, 0, 0))]
+    before += [chunk(name, content) for name, content in chunks.items()]
+    pixels = chunk("IDAT", zlib.compress(b"".join([b"\0" + row] * 16)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(before) + pixels + chunk("IEND", b"")
+
+
+def tiff(bits, left, right, photometric=1, sample_format=1):
+    """A grey TIFF of two values, little-endian, in one strip, without compression."""
+    if bits == 12:
+        pairs = [(left, left)] * 4 + [(right, right)] * 4
+        row = b"".join(((a << 12) + b).to_bytes(3, "big") for a, b in pairs)
+    else:
+        row = np.array([left] * 8 + [right] * 8, {16: "<u2", 32: "<i4" if sample_format == 2 else "<f4"}[bits]).tobytes()
+    tags = {256: 16, 257: 16, 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 12 * 10 + 4, 277: 1, 278: 16,
+            279: 16 * len(row), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + row * 16
+
+
+def swapped_profile():
+    """sRGB's profile with the primaries red and green in each other's place: red ink looks green."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"\0s\0R\0G\0B", b"\0s\0w\0a\0p"))
+    red, green = profile.index(b"rXYZ"), profile.index(b"gXYZ")
+    profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"
+    return bytes(profile)
+
+
+def grey_ink_profile():
+    """A CMYK profile under which magenta looks middle grey, L = 50 (in sRGB, 119), and cyan and yellow do not show:
+    header, table of tags, and a table with two nodes for each ink."""
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    table += bytes(range(256)) * 4
+    for _, magenta, _, black in itertools.product([0, 1], repeat=4):
+        table += bytes([0 if black else 128 if magenta else 255, 128, 128])
+    table += bytes(range(256)) * 3
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+    words = b"desc" + bytes(4) + struct.pack(">I", 5) + b"grey\0" + bytes(79)
+    contents, tags, at = [words, white, table], b"", 128 + 4 + 3 * 12
+    for name, content in zip((b"desc", b"wtpt", b"A2B0"), contents):
+        tags += name + struct.pack(">II", at, len(content))
+        at += len(content)
+    header = struct.pack(">I4sI", at, b"lcms", 0x02100000) + b"prtrCMYKLab " + bytes(12) + b"acsp" + bytes(28)
+    header += struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + struct.pack(">I", 3) + tags + b"".join(contents)
+
+
+def exif(orientation):
+    about = Image.Exif()
+    about[ExifTags.Base.Orientation] = orientation
+    return about
+
+
+RED, GREEN, BLUE, WHITE, BLACK, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255,) * 3, (0,) * 3, (128,) * 3
+red_blue = halves(RED, BLUE)
+palette = dict(PLTE=bytes([*RED, *BLUE]))
+
+# name of the file: (its bytes, what the left and the right half must look like, what is said of it); no colours where
+# it must be skipped.
+CORPUS = {
+    # 8 bits and fewer
+    "rgb.png": (png(2, 8, RED, BLUE), RED, BLUE, ""),
+    "grey.png": (png(0, 8, (0,), (128,)), BLACK, GREY, ""),
+    "bits1.png": (png(0, 1, (0,), (1,)), BLACK, WHITE, ""),
+    "bits2.png": (png(0, 2, (1,), (3,)), (85,) * 3, WHITE, ""),
+    "palette.png": (png(3, 8, (0,), (1,), **palette), RED, BLUE, ""),
+    # transparency turns white: an alpha channel, a palette's, a transparent colour
+    "rgba.png": (png(6, 8, (*RED, 255), (*BLUE, 0)), RED, WHITE, "transparency turned white"),
+    "half.png": (png(6, 8, (*RED, 255), (*BLACK, 127)), RED, GREY, "transparency turned white"),
+    "grey-alpha.png": (png(4, 8, (128, 255), (0, 0)), GREY, WHITE, "transparency turned white"),
+    "opaque.png": (png(6, 8, (*RED, 255), (*BLUE, 255)), RED, BLUE, ""),
+    "palette-alpha.png": (png(3, 8, (0,), (1,), **palette, tRNS=b"\xff\0"), RED, WHITE, "transparency turned white"),
+    "grey-colour.png": (png(0, 8, (0,), (128,), tRNS=b"\0\0"), WHITE, GREY, "transparency turned white"),
+    "bits1-colour.png": (png(0, 1, (0,), (1,), tRNS=b"\0\0"), WHITE, WHITE, "transparency turned white"),
+    "bits2-colour.png": (png(0, 2, (1,), (2,), tRNS=b"\0\1"), WHITE, (170,) * 3, "transparency turned white"),
+    "rgb-colour.png": (png(2, 8, RED, BLUE, tRNS=struct.pack(">3H", *BLUE)), RED, WHITE, "transparency turned white"),
+    "clear.gif": (encoded(halves(0, 1, "P"), "GIF", transparency=0), WHITE, None, "transparency turned white"),
+    # 16 bits and others
+    "deep-grey.png": (png(0, 16, (0,), (32896,)), BLACK, GREY, ""),
+    "deep-grey-colour.png": (png(0, 16, (10,), (32896,), tRNS=b"\0\12"), WHITE, GREY, "transparency turned white"),
+    "deep-grey-alpha.png": (png(4, 16, (32896, 65535), (0, 0)), GREY, WHITE, "transparency turned white"),
+    "deep-rgb.png": (png(2, 16, (65535, 0, 0), (0, 0, 32896)), RED, (0, 0, 128), ""),
+    "deep-rgb-colour.png": (png(2, 16, (65535, 0, 0), (0, 0, 32896), tRNS=struct.pack(">3H", 0, 0, 32896)), RED, WHITE,
+                            "transparency turned white"),
+    "deep-rgba.png": (png(6, 16, (65535, 0, 0, 65535), (0, 0, 0, 0)), RED, WHITE, "transparency turned white"),
+    "deep-dark.png": (png(0, 16, (0,), (4095,)), BLACK, (16,) * 3, ""),
+    "deep-night.png": (png(0, 16, (0,), (2570,)), BLACK, (10,) * 3, "nearly black"),
+    "deep.pgm": (b"P5 16 16 1023\n" + np.array(([0] * 8 + [1023] * 8) * 16, ">u2").tobytes(), BLACK, WHITE, ""),
+    "deep.tif": (tiff(16, 0, 32896), BLACK, GREY, ""),
+    "negative.tif": (tiff(16, 0, 32639, photometric=0), WHITE, GREY, ""),
+    "bits12.tif": (tiff(12, 0, 4095), BLACK, WHITE, ""),
+    "integers.tif": (tiff(32, 0, 10**6, sample_format=2), None, None, "no agreed black and white"),
+    "floats.tif": (tiff(32, 0, 1, sample_format=3), None, None, "no agreed black and white"),
+    # colours
+    "profile.png": (encoded(red_blue, "PNG", icc_profile=swapped_profile()), GREEN, BLUE, "colours converted to sRGB"),
+    "srgb.png": (encoded(red_blue, "PNG", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+                 RED, BLUE, ""),
+    "broken-profile.png": (encoded(red_blue, "PNG", icc_profile=b"no profile"), RED, BLUE, ""),
+    "other-profile.png": (encoded(halves(0, 128, "L"), "PNG", icc_profile=swapped_profile()), BLACK, GREY, ""),
+    "profile-alpha.png": (encoded(halves((*RED, 255), (*RED, 0), "RGBA"), "PNG", icc_profile=swapped_profile()), GREEN,
+                          WHITE, "colours converted to sRGB"),
+    "cmyk.tif": (encoded(halves((0, 255, 255, 0), (0, 0, 0, 255), "CMYK"), "TIFF"), RED, BLACK, ""),
+    "cmyk-profile.tif": (encoded(halves((0, 255, 255, 0), (0, 0, 0, 255), "CMYK"), "TIFF",
+                                 icc_profile=grey_ink_profile()), (119,) * 3, BLACK, "colours converted to sRGB"),
+    # shape
+    "wide.png": (encoded(ImageOps.expand(red_blue, (20, 0), "white"), "PNG"), RED, BLUE, "cropped to the centre square"),
+    "tall.png": (encoded(ImageOps.expand(red_blue, (0, 20), "white"), "PNG"), RED, BLUE, "cropped to the centre square"),
+    "large.png": (encoded(red_blue.resize((64, 64)), "PNG"), RED, BLUE, "resized to 16x16"),
+    "small.png": (encoded(halves(RED, BLUE, size=(2, 2)), "PNG"), RED, BLUE, "enlarged to 16x16"),
+    "turned.png": (encoded(red_blue.rotate(90), "PNG", exif=exif(6)), RED, BLUE, "turned upright"),
+    "mirrored.png": (encoded(ImageOps.mirror(red_blue), "PNG", exif=exif(2)), RED, BLUE, "turned upright"),
+    "turned-alpha.png": (encoded(halves((*RED, 255), (*RED, 0), "RGBA").rotate(90), "PNG", exif=exif(6)), RED, WHITE,
+                         "turned upright"),
+    # damaged metadata around sound pixels, and damaged pixels
+    "text.png": (png(2, 8, RED, BLUE, tEXt_=b"a\0b"), RED, BLUE, ""),
+    "bomb-text.png": (png(2, 8, RED, BLUE, zTXt=b"a\0\0" + zlib.compress(bytes(10**8))), RED, BLUE, ""),
+    "no-end.png": (png(2, 8, RED, BLUE)[:-6], RED, BLUE, ""),
+    "damaged-exif.png": (png(2, 8, RED, BLUE, eXIf=b"II*\0\xff\xff\xff\xff"), RED, BLUE, ""),
+    "damaged.png": (png(2, 8, RED, BLUE, IDAT=b"nonsense"), None, None, "damaged.png"),
+    "cut.jpg": (encoded(red_blue.resize((99, 99)), "JPEG")[:900], None, None, "truncated"),
+    "words.png": (b"no picture", None, None, "cannot identify"),
+    "empty.png": (b"", None, None, "cannot identify"),
+    "huge.png": (png(2, 8, RED, BLUE, size=10**5), None, None, "DecompressionBombError"),
+    # several frames
+    "film.gif": (encoded(red_blue, "GIF", save_all=True, append_images=[halves(GREEN, GREEN)]), RED, BLUE,
+                 "the first of its frames"),
+    "film.webp": (encoded(red_blue, "WEBP", save_all=True, append_images=[halves(GREEN, GREEN)], lossless=True), RED,
+                  BLUE, "the first of its frames"),
+    # any ending that Pillow reads, in any case
+    "upper.PNG": (png(2, 8, RED, BLUE), RED, BLUE, ""),
+    **{f"kind.{ending}": (encoded(red_blue, kind), RED, BLUE, "") for ending, kind in {
+        "jfif": "JPEG", "jpe": "JPEG", "tiff": "TIFF", "bmp": "BMP", "ppm": "PPM", "tga": "TGA", "jp2": "JPEG2000",
+        "qoi": "QOI", "apng": "PNG", "dib": "DIB", "pcx": "PCX"}.items()},
+}
+
+
+@parametrize("name", CORPUS)
+@parametrize("zipped", [False, True], ids=["folder", "zip"])
+def test_every_kind_of_picture_comes_out_right_or_is_named(name, zipped, capsys):
+    content, left, right, words = CORPUS[name]
+    write(Path("pets"), {name: content, "zz.png": png(2, 8, WHITE, WHITE)})
+    if zipped:
+        zip_folder(Path("pets"), Path("pets.zip"))
+    images, _, _, _ = data.load("pets.zip" if zipped else "pets", "data", 16)
+    said = capsys.readouterr().out
+    assert words in said
+    skipped = left is None
+    assert len(images) == 2 - skipped and ("skipped 1 of 2" in said) == skipped
+    if skipped:
+        listed, = Path("data/cache").glob("*.skipped.txt")
+        assert name in listed.read_text() and str(listed) in said
+    for colour, columns in ((left, slice(0, 4)), (right, slice(12, 16))):
+        if colour:
+            assert_allclose(images[0, :, columns], np.broadcast_to(colour, (16, 4, 3)), atol=8)
 
 
 def test_shrinking_takes_every_pixel_into_account_and_loses_no_detail():
     narrow = np.tile(np.uint8([255, 0]), (256, 128))
     Image.fromarray(narrow).save("narrow.png")
-    assert_allclose(data.read_picture("narrow.png", 16), 128, atol=4)
+    assert_allclose(data.read_picture(Path("narrow.png").read_bytes(), 16)[0], 128, atol=4)
     wide = np.tile(np.uint8([255, 255, 0, 0]), (64, 16))
     Image.fromarray(wide).save("wide.jpg", quality=95)
-    assert_allclose(data.read_picture("wide.jpg", 32)[..., 0], wide[:32, ::2][:, :32], atol=60)
+    assert_allclose(data.read_picture(Path("wide.jpg").read_bytes(), 32)[0][..., 0], wide[:32, ::2][:, :32], atol=60)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# data.py: pictures out
 
 
 def test_a_grid_is_read_like_a_page():
@@ -866,7 +1185,7 @@ def check_read(name, res=None):
     if res:
         resized = [Image.fromarray(p.squeeze()).resize((res, res), Image.Resampling.LANCZOS) for p in pictures]
         pictures = np.stack(resized).reshape(18, res, res, -1)
-    images, numbers, names = data.load(name, "data", pictures.shape[1])
+    images, numbers, names, _ = data.load(name, "data", pictures.shape[1])
     assert_array_equal(images, pictures)
     assert numbers.tolist() == labels and len(set(names)) == 10
 
@@ -1149,7 +1468,7 @@ def refuses(capsys, words, run, *args, status=2):
 
 def test_a_batch_follows_from_seed_step_and_rank_and_ranks_share_its_pictures():
     config = train.resolve({"batch": 8, "flip": False})
-    images, labels, _ = data.load("faces")
+    images, labels, _, _ = data.load("faces")
 
     def draw(step, rank, world):
         return train.draw_batch(config, images, labels, step, rank, world, CPU)[:3]
@@ -1162,7 +1481,7 @@ def test_a_batch_follows_from_seed_step_and_rank_and_ranks_share_its_pictures():
 
 
 def test_about_half_of_the_pictures_are_mirrored_left_to_right():
-    images, labels, _ = data.load("faces")
+    images, labels, _, _ = data.load("faces")
     with_flip, without = train.resolve({"batch": 16}), train.resolve({"batch": 16, "flip": False})
     x, plain = (train.draw_batch(config, images, labels, 0, 0, 1, CPU)[0] for config in (with_flip, without))
     same, mirrored = ((x == other).flatten(1).all(1) for other in (plain, plain.flip(3)))  # (B, C, H, W) each
@@ -1171,7 +1490,7 @@ def test_about_half_of_the_pictures_are_mirrored_left_to_right():
 
 def test_labels_are_hidden_one_by_one_and_stay_with_their_pictures_under_ot():
     """Only the noise may move: whatever --ot and --drop do, picture and label stay those of the packed arrays."""
-    images, labels, _ = data.load("faces")
+    images, labels, _, _ = data.load("faces")
 
     def draw(**fields):
         config = train.resolve({"batch": 40, "flip": False, "drop": 0.25, **fields})
@@ -1194,7 +1513,7 @@ def gradient_step(step=0, **fields):
     """A training step of plain gradient descent on moons, where a weight moves by exactly rate times gradient.
     Returns the weights before and after, the average before and after, and the loss."""
     config = train.resolve({"dataset": "moons", "warmup": 0, "lr": 0.1, **fields})
-    images, labels, _ = data.load("moons")
+    images, labels, _, _ = data.load("moons")
     torch.manual_seed(0)
     net, ema = model.build("mlp", width=16), model.build("mlp", width=16)
     optimizer = torch.optim.SGD(net.parameters(), lr=7.0, weight_decay=7.0)  # both to be replaced by the config's
@@ -1326,7 +1645,7 @@ def test_the_average_is_what_is_judged_drawn_returned_and_sampled_from():
     for used in (net, returned):
         assert equal(used.state_dict(), checkpoint["ema"])
     assert not equal(checkpoint["ema"], checkpoint["weights"])
-    images, labels, _ = data.load("moons")
+    images, labels, _, _ = data.load("moons")
     assert train.held_out(net, config, images, labels, CPU)["held_out"] == checkpoint["log"][-1]["held_out"]
     drawn = train.preview(net, config, images, labels, CPU)
     assert_array_equal(Image.open("out/moons/samples/000005.png"), drawn)
@@ -1593,10 +1912,12 @@ def test_samples_are_written_as_the_ending_says(pets_run, capsys):
     assert flow.n_frames == 4 and flow.height > 4 * flow.width
     sheet = sampled(pets_run, "--n 5", to="x.png")
     assert 1.3 < sheet.width / sheet.height < 1.6  # two rows of three
-    for to in ("folder", "."):
+    for to in ("folder", "folder", "."):
+        Path("x.png").unlink(missing_ok=True)
         pixels = sampled(pets_run, "--n 5", to=to)
         assert_allclose(pixels / 127.5 - 1, x.clip(-1, 1).transpose(0, 2, 3, 1), atol=1 / 250)
     assert not list(Path().glob("*part*"))
+    refuses(capsys, "folder 2 other 00003.png new folder", sampled, pets_run, "--n 3", "folder")
 
 
 @parametrize("to", ["x.png", "x.gif", "x.npy"])
@@ -1668,7 +1989,7 @@ def test_labels_and_guidance_steer_the_samples(labelled_run):
     assert np.array_equal(sampled(labelled_run, "--label 1"), male)  # by number
     for other in (sampled(labelled_run), both, sampled(labelled_run, "--label Male --guidance 4")):
         assert not np.array_equal(other, male)
-    assert np.array_equal(sampled(labelled_run, "--label Male --guidance 4 --interval 2,3"), male)  # never on
+    assert np.array_equal(sampled(labelled_run, "--label Male --guidance 4 --interval 1,1"), male)  # never on
     unlabelled = sampled(labelled_run, "--label Male --guidance 0 --interval 0,1")
     assert_allclose(unlabelled, sampled(labelled_run), atol=1e-5)
     make_older(f"{labelled_run}/ckpt.pt")
@@ -1687,13 +2008,30 @@ def test_each_label_gets_a_row_of_its_own(labelled_run):
     ("dog", False, [1]),
     ("dog,cat", False, [1, 0]),  # two classes: a row of samples each
     ("all", False, [0, 1, 2]),
-    ("2,0", False, [2, 2]),  # a class named 0: the name counts before the number
-    ("dog,cat", True, [[1, 1, 0]]),  # two attributes: samples that have both
+    ("2,0", False, [2, 0]),  # numbers, where no name is one
+    ("cow, brown,cat", False, [2, 0]),  # a comma in a name
+    ("cow, brown", True, [[0, 0, 1]]),
+    ("dog, cat", True, [[1, 1, 0]]),  # two attributes: samples that have both
     ("all", True, [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
 ])
-def test_multi_hot_decides_how_a_label_is_read(text, multi_hot, rows):
-    checkpoint = {"label_names": ["cat", "dog", "0"], "multi_hot": multi_hot}
+def test_a_label_is_read_as_its_kind_says_and_may_have_commas(text, multi_hot, rows):
+    checkpoint = {"label_names": ["cat", "dog", "cow, brown"], "multi_hot": multi_hot}
     assert sample.parse_label(text, checkpoint).tolist() == rows
+
+
+def test_a_name_is_always_what_it_says(capsys):
+    checkpoint = {"label_names": ["10", "3", "all"], "multi_hot": False}
+    assert sample.parse_label("3,10,all", checkpoint).tolist() == [1, 0, 2]
+    for number in "01":  # neither is a name, and numbers would mean something else
+        refuses(capsys, f"--label {number}: 10, 3, all", sample.parse_label, number, checkpoint)
+
+
+def test_a_network_that_never_saw_hidden_labels_is_not_asked_without_one(capsys):
+    make_dataset({"cat/a.png": 0, "dog/b.png": 255}, zipped=False)
+    train_faces("--data pets --cond all --drop 0 --steps 1")
+    assert len(sampled("out/pets-16", "--label dog")) == 2
+    for flags in ("", "--label dog --guidance 2", "--sweep", "--bpd 1"):
+        refuses(capsys, "--drop 0 --label --guidance", sampled, "out/pets-16", flags)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1738,6 +2076,58 @@ def test_inpainting_keeps_the_unmasked_part_exactly_and_fills_the_rest_different
     one_by_one = sampled(pets_run, f"{flags} --n 3 --batch 1")
     assert_allclose(one_by_one[:2], x, atol=1e-5)  # a function of (seed, i) alone
     assert sampled(pets_run, flags, to="x.gif").n_frames == 4
+
+
+@parametrize("flag", ["--from", "--inpaint", "--invert"])
+def test_any_picture_is_taken_and_prepared_as_for_training(flag, pets_run, monkeypatch, capsys):
+    """A phone's: on its side, wide, with transparency. What arrives is what training would have packed."""
+    photo = halves((*RED, 255), (*BLUE, 0), "RGBA", size=(30, 40)).rotate(90, expand=True)
+    photo.save("it's.png", exif=exif(6))
+    make_dataset({"a.png": Path("it's.png").read_bytes()}, zipped=False)
+    packed = data.load("pets", "data", 16)[0]
+    save_picture("mask.png", mode="L")
+    taken, to_tensor = [], data.to_tensor
+    monkeypatch.setattr(data, "to_tensor", lambda pixels, device: taken.append(pixels) or to_tensor(pixels, device))
+    sample.main([str(pets_run), "--device", "cpu", "--n", "1", "--steps", "1", flag, "it's.png", "--to", "x.npy",
+                 *(["--mask", "mask.png"] if flag == "--inpaint" else [])])
+    assert_array_equal(taken[0], packed)
+    assert "it's.png: transparency turned white" not in capsys.readouterr().err
+    assert len(np.unique(packed[0, 2], axis=0)) > 1
+
+
+def test_a_picture_is_said_to_be_prepared_and_becomes_grey_for_a_grey_network(capsys):
+    halves(RED, BLUE, size=(40, 30)).save("a.png")
+    config = Namespace(dataset="mnist", res=28)
+    x = sample.read_picture("a.png", config, CPU)
+    assert "a.png: cropped to the centre square, resized to 28x28" in capsys.readouterr().out
+    assert_allclose(x[0, 0, :, [2, -3]], np.tile([76 / 127.5 - 1, 29 / 127.5 - 1], (28, 1)), atol=0.01)
+
+
+@parametrize("mask,rule", [
+    (halves(255, 0, "L"), "white"),
+    (halves(1, 0, "L"), "white"),
+    (halves(1, 0, "1"), "white"),
+    (halves(WHITE, BLACK), "white"),
+    (halves((255, 255, 255, 255), (0, 0, 0, 255), "RGBA"), "white"),  # opaque everywhere
+    (halves((0, 0, 0, 255), (0, 0, 0, 0), "RGBA"), "painted"),
+    (halves((0, 255), (255, 0), "LA"), "painted"),
+    (halves(65535, 0, "I;16"), "white"),
+    (halves(255, 0, "L", size=(64, 64)), "white"),
+    (ImageOps.expand(halves(255, 0, "L"), (30, 0), 0), "white"),
+], ids=repr)
+def test_a_mask_is_what_is_painted_or_else_white(mask, rule, capsys):
+    mask.save("mask.png")
+    hole = sample.read_mask("mask.png", Namespace(dataset="pets", res=16), CPU)
+    assert_array_equal(hole[0, 0], np.arange(16) < np.full((16, 1), 8))
+    assert f"hole: where it is {rule}" in capsys.readouterr().out
+
+
+def test_a_mask_without_a_hole_is_refused_and_one_that_is_all_hole_is_said(capsys):
+    config = Namespace(dataset="pets", res=16)
+    halves(0, 0, "L").save("none.png")
+    halves(255, 255, "L").save("all.png")
+    refuses(capsys, "none.png no hole white", sample.read_mask, "none.png", config, CPU)
+    assert sample.read_mask("all.png", config, CPU).all() and "nothing of the picture is kept" in capsys.readouterr().out
 
 
 def test_inversion_finds_noise_that_leads_back_to_the_picture(pets_run, capsys):
@@ -1791,16 +2181,17 @@ def test_sweep_shows_that_more_evaluations_and_higher_order_are_nearer_to_the_ex
 
 def likelihood(net, dataset, n, steps, capsys):
     """What --bpd says of a network that predicts v."""
+    config = Namespace(dataset=dataset, root="data", res=16, predict="v", path="linear", cond="", out="out")
+    checkpoint = dict(config=config, n=len(data.load(dataset, "data", 16)[0]), content=None)
     capsys.readouterr()
-    config = Namespace(dataset=dataset, root="data", res=16, predict="v", path="linear")
-    sample.likelihood(net, config, n, steps, seed=0, device=CPU, batch=20)
+    sample.likelihood(net, config, checkpoint, n, steps, seed=0, device=CPU, batch=20)
     return capsys.readouterr().out
 
 
 def test_likelihood_under_a_flow_that_moves_nothing_is_that_of_the_noise(capsys):
     """Then the density is the standard normal. The error is the standard deviation over the root of n."""
     said = likelihood(lambda z, t, y: 0 * z, "moons", 50, 3, capsys)
-    points, _, _ = data.load("moons")
+    points, _, _, _ = data.load("moons")
     nats = -scipy.stats.norm.logpdf(points[data.split(len(points))[1][:50]]).sum(1)
     assert said.startswith(f"{nats.mean():.3f} +- {nats.std(ddof=1) / math.sqrt(50):.3f} nats on 50 held-out")
 
@@ -1815,11 +2206,19 @@ def test_bits_per_dimension_of_gaussian_pictures_are_their_entropy_in_grey_level
         Image.fromarray(pixels.round().astype(np.uint8)).save(f"grey/{i}.png")
     variance = 1 + 2 / 12
     v = gaussian_velocity(0, math.sqrt(variance) / 127.5)
-    data.load("grey", res=16)
     said = likelihood(lambda z, t, y: v(z, t.view(-1, 1, 1, 1)), "grey", 2, 1000, capsys)
     assert "bits per dimension on 2 held-out" in said
     entropy = math.log2(2 * math.pi * math.e * variance) / 2
     assert float(said.split()[0]) == approx(entropy, abs=0.03)
+
+
+def test_the_likelihood_of_trained_pictures_is_not_called_held_out_and_needs_the_same_pictures(capsys):
+    make_pictures(Path("pets"), 3)
+    train_faces("--data pets --steps 1")
+    sample.main(["out/pets-16", "--device", "cpu", "--bpd", "3", "--steps", "2"])
+    assert "on 3 training (too few to hold any out) samples" in capsys.readouterr().out
+    make_pictures(Path("pets"), 4)
+    refuses(capsys, "pets is not what out/pets-16 has learnt from", sampled, "out/pets-16", "--bpd 3")
 
 
 def test_training_makes_the_data_more_likely_than_any_one_gaussian_would(capsys):
@@ -1905,6 +2304,9 @@ def test_train_refuses_what_cannot_work_before_anything_slow(flags, words, capsy
 
 def test_a_batch_that_does_not_split_among_the_processes_is_refused(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    refuses(capsys, "WORLD_SIZE torchrun", train_moons, "")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
     refuses(capsys, "--batch 31 2 processes", train_moons, "--batch 31")
 
 
@@ -1912,6 +2314,7 @@ def test_classes_are_learnt_all_or_not_at_all(capsys):
     make_pictures(Path("plain"), 3)
     refuses(capsys, "--cond all no labels", train_faces, "--data plain --cond all")
     make_pictures(Path("plain/dog"), 3)
+    make_pictures(Path("plain/cat"), 3)
     refuses(capsys, "--cond dog all", train_faces, "--data plain --cond dog")
 
 
@@ -1946,14 +2349,28 @@ def test_resume_refuses_a_finished_run_a_lost_state_and_a_damaged_file(capsys):
 
 def test_resume_refuses_data_that_are_no_longer_the_same(capsys):
     make_pictures(Path("pets/cats"), 8)
-    make_pictures(Path("pets/dogs"), 8)
+    make_pictures(Path("pets/dogs"), 9)
     train_faces("--data pets --cond all --steps 1")
     resume = "--data pets --steps 2 --resume"
     Path("pets/dogs").rename("pets/ants")  # as many labels, but cats would be called ants
     refuses(capsys, "labels --out", train_faces, resume)
-    Path("pets/ants").rename("pets/dogs")
-    make_pictures(Path("pets/dogs"), 9)
+    Path("pets/cats").rename("pets/dogs")  # swapped
+    Path("pets/ants").rename("pets/cats")
     refuses(capsys, "labels --out", train_faces, resume)
+    make_pictures(Path("pets/dogs"), 10)
+    refuses(capsys, "labels --out", train_faces, resume)
+
+
+@parametrize("name", ["pets", "pets/", "./pets", "there/pets"])
+def test_resume_takes_the_same_pictures_by_another_path(name, capsys):
+    make_pictures(Path("pets"), 8)
+    train_faces("--data pets --steps 1")
+    if name == "there/pets":
+        shutil.move("pets", name)
+        os.utime(f"{name}/000000.jpg", (0, 0))  # so that they are packed again
+    train_faces(f"--data {name} --steps 2 --resume --out out/pets-16")
+    assert state("out/pets-16")["step"] == 2
+    assert (f"{name} holds the same pictures and labels as pets did" in capsys.readouterr().out) == (name != "pets")
 
 
 @parametrize("flags,words", [
@@ -1972,17 +2389,16 @@ def test_resume_refuses_data_that_are_no_longer_the_same(capsys):
     ("--interpolate 5 --n 1", "--interpolate"),
     ("--from text.png", "text.png"),
     ("--from a.png --strength 0", "--strength"),
-    ("--invert small.png", "small.png 8x8 16x16 resize"),
-    ("--invert grey.png", "grey.png RGB"),
+    ("--label 0 --interval 0.5,2", "--interval"),
     ("--inpaint a.png", "--mask"),
-    ("--mask grey.png", "--inpaint"),
-    ("--inpaint a.png --mask a.png", "a.png is RGB"),
-    ("--inpaint a.png --mask grey.png --invert a.png", "--invert not allowed with"),
+    ("--mask a.png", "--inpaint"),
+    ("--inpaint a.png --mask black.png", "black.png no hole"),
+    ("--inpaint a.png --mask text.png", "text.png"),
+    ("--inpaint a.png --mask a.png --invert a.png", "--invert not allowed with"),
 ])
 def test_sample_refuses_what_cannot_work(flags, words, pets_run, capsys):
     save_picture("a.png")
-    save_picture("small.png", size=(8, 8))
-    save_picture("grey.png", mode="L")
+    halves(0, 0, "L").save("black.png")
     Path("text.png").write_text("no picture")
     Path("folder.png").mkdir()
     Path("kept.png").write_text("old")

@@ -155,7 +155,10 @@ def train_step(config, step, net, ema, optimizers, batch):
 
 def train(config, checkpoint, rank, world, device):
     """The loop. Goes on from a checkpoint, or starts anew if that is None. Returns the averaged network."""
-    images, labels, label_names = load_dataset(config, checkpoint, world)
+    images, labels, label_names, content = load_dataset(config, checkpoint, world)
+    print(f"{len(images):,} samples, each seen {config.steps * config.batch / len(images):.2g} times")
+    if len(images) < FEW:
+        print(f"fewer than {FEW}: they will be learnt by heart, and samples will look like copies of them")
     net, ema, optimizers, sizes = build_networks(config, checkpoint, len(label_names), device, world)
     fast = wrap(net, config, world, device)
     out = Path(config.out)
@@ -164,7 +167,7 @@ def train(config, checkpoint, rank, world, device):
     first, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
     # What goes into every checkpoint. `log` is the list to which the loop appends, so each one holds all rows so far.
     about = dict(config=vars(config), net=sizes, label_names=label_names, multi_hot=labels.ndim == 2, n=len(images),
-                 log=log)
+                 content=content, log=log)
     signals = note_signals()
     began = clock = time.perf_counter()
     reported, total = first, torch.zeros((), device=device)
@@ -178,7 +181,7 @@ def train(config, checkpoint, rank, world, device):
         stop = stop_signal(signals, world)
         # Asked to stop, it saves at once, without the slower held-out loss and preview.
         milestone = done == config.steps or (done % config.preview == 0 and not stop)
-        if rank == 0 and (milestone or stop or done % config.report == 0):
+        if rank == 0 and (milestone or stop or done % config.report == 0 or done == first + 3):  # an ETA at once
             # .item() makes the CPU wait for the device, so it is called rarely.
             loss = total.item() / (done - reported)  # of this process's share of the batch
             rate = (done - reported) * config.batch / (time.perf_counter() - clock)
@@ -310,6 +313,8 @@ def learning_rate(config, step):
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a run leaves behind
+
+FEW = 500  # pictures
 
 PREVIEW_PICTURES, PREVIEW_STEPS, HELD_OUT_PICTURES = 16, 20, 200
 
@@ -587,6 +592,8 @@ def resume_from(given):
 def check_same_run(old, config):
     for field in dataclasses.fields(Config):
         was, now = getattr(old, field.name), getattr(config, field.name)
+        if field.name == "dataset" and was not in data.NAMES and now not in data.NAMES:
+            continue  # two paths: `sample.load_data` compares what is there
         if field.name in FIXED and was != now:
             data.fail(f"{flag_of(field)} {now}: {config.out} was trained with {was!r}; leave the flag out (with --out "
                       f"{config.out}), or start anew: --out DIR")
@@ -621,6 +628,8 @@ def start_processes(config):
     """(rank, world, device). torchrun starts several processes (world) and tells each its number (rank), and its
     number on its machine (local rank), through the environment. Without torchrun there is one."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        data.fail("WORLD_SIZE is set, but not all that torchrun sets: start several processes by torchrun, or unset it")
     device = sample.pick_device(config.device)
     if config.batch % world:
         data.fail(f"--batch {config.batch} does not split evenly over {world} processes")
@@ -644,21 +653,17 @@ def local_rank():
 
 
 def load_dataset(config, checkpoint, world):
-    """(images, labels, label_names). One process of each machine packs the dataset while the others wait; then they
-    find the pack ready."""
+    """See `sample.load_data`. One process of each machine packs the dataset while the others wait; then they find the
+    pack ready."""
     if local_rank() == 0:
         if config.download and config.dataset in data.OFFICIAL:
             data.download(config.dataset, Path(config.root))
-        dataset = data.load(config.dataset, config.root, config.res)
+        dataset = sample.load_data(config, checkpoint)
     if world > 1:
         dist.barrier()
     if local_rank() > 0:
-        dataset = data.load(config.dataset, config.root, config.res)
-    images, labels, label_names = dataset
-    labels, label_names = data.choose_labels(labels, label_names, config.cond)
-    if checkpoint and (checkpoint["label_names"], checkpoint["n"]) != (label_names, len(images)):
-        data.fail(f"the data, or their labels, are no longer those of {config.out}; start anew: --out DIR")
-    return images, labels, label_names
+        dataset = sample.load_data(config, checkpoint)
+    return dataset
 
 
 def wrap(net, config, world, device):
@@ -698,7 +703,7 @@ def bench(config, checkpoint, rank, world, device):
     """Times the training step, and compares its arithmetic with a plain matrix product's."""
     from torch.utils.benchmark import Timer  # only here, since it takes long to import
 
-    images, labels, label_names = load_dataset(config, checkpoint, world)
+    images, labels, label_names, _ = load_dataset(config, checkpoint, world)
     net, ema, optimizers, sizes = build_networks(config, checkpoint, len(label_names), device, world)
     net = wrap(net, config, world, device)
     calls = 10 if device.type == "cuda" else 1  # in a row, so that a GPU's queue stays filled
