@@ -104,28 +104,28 @@ def to_uint8(x):
 def load(name, root="data", res=32):
     """A dataset by name or path, packed on first use: (images, labels, label_names, digest).
 
-    images: uint8 (N, res, res, C), memory-mapped, or points, float32 (N, 2). labels: classes, int64 (N,), or attributes,
-    int64 (N, K) of 0 and 1; pictures without a class have -1 and come last. digest: a hash of the images, wherever they
-    lie.
+    images: uint8 (N, res, res, C), memory-mapped, or points, float32 (N, 2). labels: attributes, int64 (N, K) of 0 and
+    1, or classes, int64 (N,); pictures without a class have -1 and come last. digest: a hash of the images, wherever
+    they lie.
     """
     if not name:
         fail("--data needs a name or a path")
     if name in NAMES and Path(name).exists():
-        print(f"--data {name} is the dataset of that name; for your own {name} in this folder: --data ./{name}")
+        print(f"--data {name} means the built-in dataset; for your own {name} in this folder: --data ./{name}")
     if name in POINTS:
         return points(name, POINTS_DRAWN, seed=0).numpy(), np.zeros(POINTS_DRAWN, np.int64), [], name
     source, files, label_names, n, samples = find_dataset(name, Path(root), res)
     # The pack's name holds a hash of the files' names, sizes and dates and of the code that reads them, so that it is
-    # packed again when one of them changes. Not of where they lie, so they may move.
+    # packed again when one of them changes. It ignores their folder, so a dataset may move.
     identity = [(file, path.stat().st_size, path.stat().st_mtime_ns) for file, path in files.items()]
-    code = [inspect.getsource(function) for function in (decode, eight_bits, opacity, read_picture, find_classes)]
+    code = [inspect.getsource(function) for function in READING]
     key = hashlib.sha256(repr((identity, FACES, res, code)).encode(errors="surrogateescape")).hexdigest()[:12]
     pack = Path(root, "cache", f"{short_name(name)}-{res}-{key}.images")
-    if not pack.exists() and not is_writable(pack.parent):  # a disk that many share
-        pack = Path("data", "cache", pack.name)
+    if not pack.exists() and not is_writable(pack.parent):
+        pack = Path("data", "cache", pack.name)  # root may be a shared disk that is read-only
     if not pack.exists():
-        size = f"{n * res**2 * channels(name) / 1e9:.1f} GB" if n else "small"
-        print(f"packing {name} at {res}x{res} ({size}) into {pack}", flush=True)
+        size = f", {n * res**2 * channels(name) / 1e6:,.0f} MB," if n else ""
+        print(f"packing {name} at {res}x{res}{size} into {pack}", flush=True)
         write_pack(pack, source, samples, n, label_names)
     images = np.memmap(pack, mode="r").reshape(-1, res, res, channels(name))
     with np.load(pack.with_suffix(".npz")) as beside:
@@ -142,37 +142,33 @@ def load(name, root="data", res=32):
 def find_dataset(name, root, res):
     """Where a dataset is and what it holds: (source, files, label_names, n, samples).
 
-    source: the file or folder that it comes from. files: {name: path} of what identifies it. n: how many samples, or
-    None if that is not known without reading them. samples: a lazy generator of (pixels, label, what was done), with
-    pixels uint8 (res, res, C), or None for a picture that could not be read.
+    source: the file or folder that it comes from. files: {name: path}; if one of them changes, it is packed again. n:
+    how many samples, or None if that is not known without reading them. samples: a lazy generator of (pixels, label,
+    notes), with pixels uint8 (res, res, C) and what was done to them; or None, and the reason, if they cannot be read.
     """
     if name == "faces":
         code = Path(__file__)  # redrawn whenever this file changes
         return code, {code.name: code}, FACE_ATTRIBUTES, FACES, stream_faces(res)
     if name in OFFICIAL:
         files = find_official(name, root)
-        label_names = OFFICIAL[name]["label_names"]
-        return files[0].parent, {file.name: file for file in files}, label_names, None, stream_official(name, files, res)
+        names = OFFICIAL[name]["label_names"]
+        return files[0].parent, {file.name: file for file in files}, names, None, stream_official(name, files, res)
     place = find_celeba(root) if name == "celeba" else Path(name)
-    contents, read = list_files(place)
-    pictures = pick_pictures(place, contents)
-    if name == "celeba" and (place.parent / "list_attr_celeba.txt").exists():
-        tables = {"list_attr_celeba.txt": place.parent / "list_attr_celeba.txt"}
-        label_names, labels = celeba_attributes(tables["list_attr_celeba.txt"], pictures)
+    names, read = list_files(place)
+    pictures = pick_pictures(place, names)
+    tables = [file for file in names if PurePosixPath(file).name in TABLES]
+    files = {file: place / file for file in pictures + tables} if place.is_dir() else {place.name: place}
+    attributes = place.parent / "list_attr_celeba.txt"
+    if name == "celeba" and attributes.exists():
+        files[attributes.name] = attributes
+        label_names, labels = celeba_attributes(attributes, pictures)
     else:
-        tables = {file: contents[file] for file in contents if PurePosixPath(file).name in TABLES}
-        classes = find_classes(pictures, tables, read)
+        classes = find_classes(pictures, {file: read(file) for file in tables})
         label_names = sorted(set(classes.values()))
         numbers = {label: i for i, label in enumerate(label_names)}
         pictures.sort(key=lambda picture: picture not in classes)  # those without a class come last
         labels = [numbers.get(classes.get(picture), -1) for picture in pictures]
-    files = {place.name: place}
-    if place.is_dir():
-        files = {picture: contents[picture] for picture in pictures}
-    if name == "celeba" or place.is_dir():
-        files.update(tables)
-    samples = stream_files(pictures, [contents[picture] for picture in pictures], labels, read, res)
-    return place, files, label_names, len(pictures), samples
+    return place, files, label_names, len(pictures), stream_files(pictures, labels, read, res)
 
 
 def channels(name):
@@ -412,24 +408,23 @@ def draw_faces(indices, res):
 
 
 def list_files(place):
-    """What is in a folder or zip, hidden things left out: {name: Path or ZipInfo}, sorted, names with slashes; and a
-    function that reads one of them. Empty if place is neither."""
-    contents = {}
+    """What a folder or zip holds, without hidden things: (names, read). names: sorted, with slashes; none if it is
+    neither. read: a function that returns the bytes of one."""
     if place.is_dir():
-        for file in walk(place):
-            contents[file.relative_to(place).as_posix()] = file
-        return dict(sorted(contents.items())), Path.read_bytes
+        names = [path.relative_to(place).as_posix() for path in walk(place)]
+        return sorted(names), lambda name: (place / name).read_bytes()
     if not zipfile.is_zipfile(place):
-        return contents, None
-    archive = zipfile.ZipFile(place)
+        return [], None
+    archive, entries = zipfile.ZipFile(place), {}
     for entry in archive.infolist():
-        name = PurePosixPath(entry.filename.replace("\\", "/"))  # a zip from Windows may have backslashes
-        if entry.filename.endswith(("/", "\\")) or any(is_hidden(part) for part in name.parts):
+        name = entry.filename.replace("\\", "/")  # a zip from Windows may have backslashes
+        path = PurePosixPath(name)  # without "./"
+        if name.endswith("/") or any(is_hidden(part) for part in path.parts):
             continue
-        if str(name) in contents:
-            fail(f"{place} holds {name} twice: unpack it, and name the folder")
-        contents[str(name)] = entry
-    return dict(sorted(contents.items())), archive.read
+        if str(path) in entries:
+            fail(f"{place} holds {path} twice: unpack it, and name the folder")
+        entries[str(path)] = entry
+    return sorted(entries), lambda name: archive.read(entries[name])
 
 
 def walk(folder, above=()):
@@ -450,22 +445,23 @@ def walk(folder, above=()):
 
 
 def is_hidden(name):
-    """Made by a system for itself: macOS and Linux, Synology, zips from macOS, Windows."""
+    """Is this a file or folder that some system keeps for itself? Unix has names with a dot, Synology's disks @eaDir,
+    zips from macOS __MACOSX, Windows the other two."""
     return name.startswith(".") or name in ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "Thumbs.db")
 
 
-def pick_pictures(place, contents):
-    """The names in contents whose endings Pillow reads; says what is left out."""
+def pick_pictures(place, names):
+    """The names that end like a format that Pillow reads; says what is left out."""
     endings = [ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN]
     pictures, others = [], Counter()
-    for name in map(PurePosixPath, contents):
-        if name.suffix.lower() in endings:
-            pictures.append(str(name))
-        elif name.name not in TABLES:
-            others[name.suffix.lower() or "without an ending"] += 1
-    left_out = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common())
-    if left_out:
-        print(f"left out: {left_out}")
+    for name in names:
+        path = PurePosixPath(name)
+        if path.suffix.lower() in endings:
+            pictures.append(name)
+        elif path.name not in TABLES:
+            others[path.suffix.lower() or "without an ending"] += 1
+    if others:
+        print("left out:", ", ".join(f"{count:,} {ending}" for ending, count in others.most_common()))
     if not pictures:
         fail(f"no pictures in {place}: looked for a folder, or a whole zip, with .jpg, .png or any of Pillow's "
              f"{len(endings)} formats in it. Other data by name: {', '.join(NAMES)}")
@@ -475,92 +471,101 @@ def pick_pictures(place, contents):
 TABLES = ("dataset.json", "metadata.csv", "metadata.jsonl")
 
 
-def find_classes(pictures, tables, read):
-    """{picture: class}, without the pictures that have none. From a table beside them or above, if there is one, else
-    from the sub-folders that they lie in."""
+def find_classes(pictures, tables):
+    """{picture: class}, without the pictures that have none. Classes are the sub-folders, unless one of the tables,
+    {file: content}, names them."""
     folders = [PurePosixPath(picture).parent for picture in pictures]
     top = PurePosixPath(posixpath.commonpath(folders))  # in a zip of the folder pets, say, this is pets
-    for file in tables:
-        place = PurePosixPath(file).parent
-        if not top.is_relative_to(place):
-            continue
+    origin, classes = "sub-folders", {}
+    for picture, folder in zip(pictures, folders):
+        if folder != top:
+            classes[picture] = str(folder.relative_to(top))
+    for file, content in tables.items():
         try:
-            by_name = read_table(PurePosixPath(file).name, read(tables[file]).decode("utf-8-sig"))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            print(f"{file} was seen and ignored: it does not give each file name a label ({error!r:.80})")
-            continue
-        origin, classes = file, {str(place / name): by_name[name] for name in by_name}
-        break
-    else:
-        origin = "sub-folders"
-        classes = {picture: str(folder.relative_to(top)) for picture, folder in zip(pictures, folders) if folder != top}
-    classes = {picture: classes[picture] for picture in pictures if picture in classes}
+            if not top.is_relative_to(PurePosixPath(file).parent):
+                raise ValueError("it does not lie above all pictures")
+            by_name = read_table(file, content.decode("utf-8-sig"))
+            matching = {picture: by_name[picture] for picture in pictures if picture in by_name}
+            if by_name and not matching:
+                raise ValueError("no picture has one of the names in it")
+            origin, classes = file, matching
+        except Exception as error:  # tables of other forms fail in many ways
+            print(f"{file} was seen and ignored, it does not name the pictures' classes: {error!r:.80}")
     if classes:
-        missing = len(pictures) - len(classes)
-        rest = f"; {missing:,} pictures have none, and --cond leaves them out" if missing else ""
-        print(f"{len(set(classes.values()))} classes from {origin}{rest}")
+        labels = sorted(set(classes.values()))
+        print(f"{len(labels)} classes from {origin}: {', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''}")
+    if classes and len(classes) < len(pictures):
+        print(f"{len(pictures) - len(classes):,} pictures have no class; --cond leaves them out")
     return classes
 
 
-def read_table(name, text):
-    """{picture: class} from a table: dataset.json of StyleGAN and EDM, with pairs of picture and label (or nothing)
-    under "labels"; or metadata.csv or .jsonl of Hugging Face, with file_name and label in each row."""
-    if name == "dataset.json":
+def read_table(file, text):
+    """{picture: class} from a table. dataset.json (StyleGAN, EDM) has pairs of picture and label, or null, under
+    "labels"; metadata.csv and metadata.jsonl (Hugging Face) have rows with a file_name and a label."""
+    if file.endswith(".json"):
         pairs = json.loads(text)["labels"] or []
     else:
-        rows = csv.DictReader(io.StringIO(text)) if name.endswith(".csv") else map(json.loads, text.splitlines())
+        rows = csv.DictReader(io.StringIO(text)) if file.endswith(".csv") else map(json.loads, text.splitlines())
         pairs = [(row["file_name"], row["label"]) for row in rows]
-    for _, label in pairs:
+    classes = {}
+    for picture, label in pairs:
         if not isinstance(label, str | int | None):
             raise TypeError(f"{label} is no class")
-    return {picture: str(label) for picture, label in pairs if label not in (None, "")}
+        if label not in (None, ""):
+            classes[str(PurePosixPath(file).parent / picture)] = str(label)
+    return classes
 
 
-def stream_files(names, files, labels, read, res):
+def stream_files(names, labels, read, res):
     """Decodes in parallel, since Pillow releases the GIL; a few hundred at a time, so that memory stays small."""
 
-    def work(name, file, label):
+    def work(name, label):
         try:
-            return *read_picture(read(file), res), label
+            pixels, done = read_picture(read(name), res)
+            return pixels, label, done
         except Exception as error:  # a broken picture raises anything; it is skipped, and named
             if getattr(error, "errno", None):
                 raise  # the disk or the network failed: the picture may be readable next time
-            return None, f"{name} ({type(error).__name__}: {error})", label
+            return None, label, f"{name} ({type(error).__name__}: {error})"
 
-    at_once = max(16, min(512, 2**24 // res**2))  # results that may wait: at most 48 MB
+    at_once = max(64, min(512, 2**24 // res**2))  # results that may wait: 50 MB, or 200 at 1024 pixels
     with ThreadPoolExecutor() as pool:
         for i in range(0, len(names), at_once):
-            now = slice(i, i + at_once)
-            for pixels, notes, label in pool.map(work, names[now], files[now], labels[now]):
-                yield pixels, label, notes
+            yield from pool.map(work, names[i : i + at_once], labels[i : i + at_once])
 
 
 def read_picture(content, res, channels=3):
-    """Decodes a picture file: (uint8 (res, res, channels), list of what was done with it). Upright, transparency on
+    """Decodes a picture file: (uint8 (res, res, channels), list of what was done). Upright, in sRGB, transparency on
     white, the centre square, resized with antialiasing."""
-    colours, opaque, done = decode(content, res)
-    if opaque is not None:
-        colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), opaque)
+    colours, alpha, done = decode(content, res)
+    if alpha is not None:
+        colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
         done.append("transparency turned white")
     square = ImageOps.fit(colours, (res, res), Image.Resampling.LANCZOS)
     pixels = np.array(square if channels == 3 else square.convert("L"))
+    if pixels.max() < 16:
+        done.append("nearly black")
+    if pixels.min() > 239:
+        done.append("nearly white")
     return pixels.reshape(res, res, channels), done
 
 
 def read_mask(content, res):
-    """Decodes a mask, as bool (res, res), True in the hole, and what was done with it: what is painted, if the mask is
-    transparent elsewhere; else what is bright (or 1, if nothing is more)."""
-    colours, opaque, done = decode(content, res)
-    mask, rule = colours.convert("L"), "hole: where it is white"
-    if opaque is not None:
-        mask, rule = opaque, "hole: where it is painted, not transparent"
+    """Decodes a mask: (bool (res, res), True in the hole, list of what was done). If it is transparent anywhere, the
+    hole is where it is painted; otherwise where it is bright."""
+    colours, alpha, done = decode(content, res)
+    if alpha is None:
+        mask, rule = colours.convert("L"), "hole: where it is white"
+    else:
+        mask, rule = alpha, "hole: where it is painted, not transparent"
     values = np.asarray(ImageOps.fit(mask, (res, res), Image.Resampling.NEAREST))
-    return values > (0 if values.max() <= 1 else 127), [*done, rule]
+    white = 1 if values.max() == 1 else 255  # some programs write masks as 0 and 1
+    return values > white / 2, done + [rule]
 
 
 def decode(content, res):
-    """A picture file's pixels, upright and as sRGB: (RGB image, its opacity as an L image, or None if it is opaque
-    everywhere, list of what was done). JPEGs may be smaller than the file says, but not smaller than res."""
+    """A picture file's pixels, upright and in sRGB: (RGB image, its alpha as an L image, or None if it is opaque
+    everywhere, list of what was done). A JPEG may come out smaller than the file says, but not smaller than res."""
     try:
         im = Image.open(io.BytesIO(content))
         size = im.size
@@ -570,21 +575,21 @@ def decode(content, res):
         im = Image.open(io.BytesIO(bare_png(content)))
         size = im.size
         im.load()
-    done = []
-    with contextlib.suppress(Exception):  # the second frame may be damaged; only the first matters
+    done, turn, alpha = [], None, None
+    with contextlib.suppress(Exception):  # the second frame may be damaged, which is no matter
         if getattr(im, "is_animated", False):
             done.append("the first of its frames")
-    turn = None
-    with contextlib.suppress(Exception):  # damaged metadata
+    with contextlib.suppress(Exception):  # so may the metadata
         turn = TURNS.get(im.getexif().get(ExifTags.Base.Orientation))
+    if im.has_transparency_data:
+        alpha = im.convert("RGBA").getchannel("A")
+        if alpha.getextrema()[0] == 255:
+            alpha = None
 
-    opaque, profile = opacity(im, content), im.info.get("icc_profile")
     colours = eight_bits(im)
-    if colours is not im and colours.getextrema()[1] < 16:
-        done.append("nearly black, for it uses only the lowest of its 16 bits")
     mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(colours.mode, "RGB")
-    colours = colours.convert(mode)
-    transform = to_srgb(profile, mode) if profile else None
+    colours = colours.convert(mode)  # without alpha
+    transform = to_srgb(im.info.get("icc_profile"), mode)
     if transform:
         colours = ImageCms.applyTransform(colours, transform)
         done.append("colours converted to sRGB")
@@ -592,13 +597,13 @@ def decode(content, res):
 
     if turn is not None:
         colours = colours.transpose(turn)
-        opaque = opaque and opaque.transpose(turn)
+        alpha = None if alpha is None else alpha.transpose(turn)
         done.append("turned upright")
     if size[0] != size[1]:
         done.append("cropped to the centre square")
     if min(size) != res:
         done.append(f"{'resized' if min(size) > res else 'enlarged'} to {res}x{res}")
-    return colours, opaque, done
+    return colours, alpha, done
 
 
 # What makes a picture upright, by the orientation that EXIF gives it.
@@ -620,26 +625,6 @@ def bare_png(content):
     return kept + b"\0\0\0\0IEND\xaeB`\x82"
 
 
-def opacity(im, content):
-    """An L image, 255 where a picture is opaque and 0 where transparent; None if it is opaque everywhere."""
-    if not im.has_transparency_data:
-        return None
-    colour = im.info.get("transparency")
-    if im.format == "PNG" and im.mode in ("1", "L", "I;16", "RGB"):
-        # One colour is transparent. It is written with the file's bits per sample; Pillow's pixels have 8, or 16.
-        bits, pixels = content[24], np.asarray(im if im.mode != "1" else im.convert("L"))
-        colour = np.array(colour)
-        if im.mode == "RGB" and bits == 16:
-            colour = colour >> 8
-        if im.mode == "L" and bits < 8:
-            colour = colour * 255 // (2**bits - 1)
-        differs = pixels != colour
-        opaque = Image.fromarray(np.uint8(255) * (differs.any(2) if im.mode == "RGB" else differs))
-    else:
-        opaque = im.convert("RGBA").getchannel("A")
-    return opaque if opaque.getextrema()[0] < 255 else None
-
-
 def eight_bits(im):
     """A picture with 8 bits per colour. Pillow reads most files so, but not grey ones of 16 bits."""
     if im.mode.startswith("I;16") or (im.mode == "I" and im.format == "PPM"):
@@ -656,8 +641,10 @@ def eight_bits(im):
 
 @functools.lru_cache(maxsize=16)
 def to_srgb(profile, mode):
-    """The transform from a colour profile (the bytes in a file) to sRGB; None if there is nothing to do, or if the
-    profile is broken or not for such pictures."""
+    """The transform from a colour profile (bytes, or None) to sRGB. None if there is nothing to do, or if the profile
+    is broken or not for such pictures."""
+    if not profile:
+        return None
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(profile):
@@ -665,6 +652,11 @@ def to_srgb(profile, mode):
         return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
         return None
+
+
+# A change of these functions, too, means packing again.
+READING = (list_files, is_hidden, pick_pictures, find_classes, read_table, read_picture, decode, bare_png, eight_bits,
+           to_srgb)
 
 
 def find_celeba(root):
@@ -781,6 +773,7 @@ def stream_faces(res):
 
 
 def is_writable(folder):
+    """Can files be made in this folder, which is itself made if need be?"""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -796,7 +789,8 @@ def write_pack(pack, source, samples, n, label_names):
     All are written in a temporary folder and move when they are whole. The folder is deleted even if this fails,
     unless the process is killed outright.
     """
-    labels, skipped, done, digest, began = [], [], Counter(), hashlib.sha256(), time.perf_counter()
+    began = time.perf_counter()
+    labels, skipped, done, digest = [], [], Counter(), hashlib.sha256()
     pack.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="part-", dir=pack.parent) as folder:
         part = Path(folder, "part.images")
@@ -805,8 +799,9 @@ def write_pack(pack, source, samples, n, label_names):
                 if pixels is None:
                     skipped.append(notes)
                     continue
-                file.write(pixels.tobytes())
-                digest.update(pixels.tobytes())
+                content = pixels.tobytes()
+                file.write(content)
+                digest.update(content)
                 labels.append(label)
                 done.update(notes)
                 if len(labels) % 2000 == 0:
@@ -832,7 +827,8 @@ def drop_empty_classes(labels, label_names):
     for i, name in enumerate(label_names):
         if i not in present:
             print(f"no class {name}: none of its pictures could be read")
-    return np.where(labels < 0, -1, np.searchsorted(present, labels)), [label_names[i] for i in present]
+    renumbered = np.where(labels < 0, -1, np.searchsorted(present, labels))
+    return renumbered, [label_names[i] for i in present]
 
 
 def report_old_packs(pack, source):
@@ -843,12 +839,14 @@ def report_old_packs(pack, source):
         if other.with_suffix(".npz").exists():
             with np.load(other.with_suffix(".npz")) as beside:
                 origin = str(beside["source"])
-        same_data = origin == str(source.resolve()) and other.name.split("-")[:-1] == pack.name.split("-")[:-1]
+        same_kind = other.name.rpartition("-")[0] == pack.name.rpartition("-")[0]
+        same_data = same_kind and origin == str(source.resolve())
         if other != pack and (same_data or not os.path.exists(origin)):
             old.append(shlex.quote(str(other.with_suffix(""))) + ".*")
             size += other.stat().st_size
     if old:
-        print(f"packs of data that has gone or changed, {size / 1e6:,.1f} MB; to delete them: rm {' '.join(old)}")
+        print(f"packs of data that is gone from here or has changed, {size / 1e6:,.1f} MB; to delete them: rm "
+              f"{' '.join(old)}")
 
 
 def report_packing(done, n, seconds):
@@ -868,7 +866,8 @@ BINARY = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
 
 OFFICIAL = {  # files: what is published, with its MD5; unpacked: the files inside; folders: where people have them
     "mnist": dict(
-        res=28, channels=1, unpacked=IDX, folders=["mnist", "MNIST"], url="https://ossci-datasets.s3.amazonaws.com/mnist/",
+        res=28, channels=1, unpacked=IDX, folders=["mnist", "MNIST"],
+        url="https://ossci-datasets.s3.amazonaws.com/mnist/",
         label_names="0 1 2 3 4 5 6 7 8 9".split(),
         files={"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
                "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
@@ -883,7 +882,8 @@ OFFICIAL = {  # files: what is published, with its MD5; unpacked: the files insi
                "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
                "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310"}),
     "cifar10": dict(
-        res=32, channels=3, unpacked=BINARY, folders=["cifar10", "cifar-10-batches-bin"], url="https://www.cs.toronto.edu/~kriz/",
+        res=32, channels=3, unpacked=BINARY, folders=["cifar10", "cifar-10-batches-bin"],
+        url="https://www.cs.toronto.edu/~kriz/",
         label_names="airplane automobile bird cat deer dog frog horse ship truck".split(),
         files={"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
 }
@@ -891,36 +891,41 @@ OFFICIAL = {  # files: what is published, with its MD5; unpacked: the files insi
 NAMES = ["faces", "celeba", *OFFICIAL, *POINTS]  # anything else that --data is given is the path of a folder or zip
 
 
-def look(name, root):
-    """Returns (files, []) if the dataset is there, unpacked or as published; else ([], the names of the published files
-    that are missing).
+def find_files(name, root):
+    """The dataset's files, unpacked or as published; [] if they are not all there.
 
-    Looks below the folders of root that have the dataset's name, as we, torchvision and Debian spell it, then in root
-    itself, in case that is the dataset's own folder. Not elsewhere: MNIST and Fashion-MNIST call their files alike.
+    Looks below the folders of root that are called like the dataset by us, torchvision or Debian, and in root, if its
+    own path has such a name. Not elsewhere: MNIST and Fashion-MNIST call their files alike.
     """
     about = OFFICIAL[name]
-    for candidates in [*((root / folder).rglob("*") for folder in about["folders"]), root.glob("*")]:
-        by_name = {}
-        for file in candidates:
-            if file.is_file():
-                by_name.setdefault(file.name, file)
+    places = [root / folder for folder in about["folders"]]
+    if not set(about["folders"]).isdisjoint(root.absolute().parts):
+        places.append(root)
+    for place in places:
+        by_name = {file.name: file for file in sorted(place.rglob("*"), reverse=True) if file.is_file()}
         for wanted in (about["unpacked"], about["files"]):
             if all(file in by_name for file in wanted):
-                return [by_name[file] for file in wanted], []
-    return [], [file for file in about["files"] if not (root / name / file).exists()]
+                return [by_name[file] for file in wanted]
+    return []
+
+
+def missing_files(name, root):
+    """The published files that are not in the dataset's own folder."""
+    return [file for file in OFFICIAL[name]["files"] if not (root / name / file).exists()]
 
 
 def find_official(name, root):
-    files, missing = look(name, root)
-    if missing:
-        fail(f"{name} is not there: no {', '.join(missing)} (or unpacked) in {root / name}/ or {root}/. Type python train.py "
-             f"--data {name} --root {root} --download, or get {OFFICIAL[name]['url']}NAME, into that folder")
+    files = find_files(name, root)
+    if not files:
+        fail(f"{name} is not there: no {', '.join(missing_files(name, root))} (or unpacked) in {root / name}/. Type "
+             f"python train.py --data {name} --root {root} --download, or get {OFFICIAL[name]['url']}NAME, into that "
+             f"folder")
     return files
 
 
 def stream_official(name, files, res):
     """All published samples, training and test; `split` decides anew which ones are held out."""
-    advice = f"then get it anew: python train.py --data {name} --download"
+    advice = "and run this again with --download"
     arrays = []  # pictures, labels, pictures, labels, ...
     for file in files:
         try:
@@ -928,11 +933,11 @@ def stream_official(name, files, res):
             if len(arrays[-1]) == 0:
                 raise ValueError("empty")
         except Exception as error:  # gzip, tarfile and numpy raise half a dozen kinds for a damaged file
-            fail(f"{file} is cut short or damaged ({error}); delete it, {advice}")
+            fail(f"{file} is cut short or damaged ({error}); delete it {advice}")
     size = (28, 28) if channels(name) == 1 else (32, 32, 3)
     for pictures, labels in zip(arrays[::2], arrays[1::2]):
         if pictures.shape != (len(labels), *size) or labels.ndim != 1 or labels.max() > 9:
-            fail(f"{files[0].parent}: pictures and labels do not belong together; delete them, {advice}")
+            fail(f"{files[0].parent}: pictures and labels do not belong together; delete them {advice}")
     for pictures, labels in zip(arrays[::2], arrays[1::2]):
         for picture, label in zip(pictures, labels):
             resized = Image.fromarray(picture).resize((res, res), Image.Resampling.LANCZOS)
@@ -970,9 +975,10 @@ def parse_official(content):
 
 def download(name, root):
     """Fetches what is missing into root/name. Only one process may do so at a time."""
+    if find_files(name, root):
+        return
     (root / name).mkdir(parents=True, exist_ok=True)
-    _, missing = look(name, root)
-    for file in missing:
+    for file in missing_files(name, root):
         fetch(OFFICIAL[name]["url"] + file, root / name / file, OFFICIAL[name]["files"][file])
 
 
@@ -1074,10 +1080,8 @@ def make_folder_for(file):
     if file.suffix and file.is_dir():
         fail(f"cannot write {file}: there is a folder of that name")
     folder = file.parent if file.suffix else file
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot write {file}: {error}")
+    if not is_writable(folder):
+        fail(f"cannot write {file}: files cannot be made in {folder}/")
 
 
 def fail(message, status=2):

@@ -135,7 +135,7 @@ def main(argv=None):
         start = 1 - args.strength
         z = noisy(read_picture(args.source, config, device), z, start, config)
     if args.inpaint:
-        known = read_picture(args.inpaint, config, device), read_mask(args.mask, config, device)
+        known = (read_picture(args.inpaint, config, device), read_mask(args.mask, config, device))
     x, states = generate_in_batches(net, config, z, y, args, start, known, keep_states=to.suffix == ".gif")
     write(x, states, config, to, columns)
 
@@ -149,7 +149,8 @@ def generate_in_batches(net, config, z, y, args, start, known, keep_states):
         states = [z[part]] if keep_states else None
         inpaint = None
         if known is not None:
-            inpaint = *known, noise_source(part.tolist(), z.shape[1:], args.seed, data.INPAINT, z.device)
+            picture, hole = known
+            inpaint = (picture, hole, noise_source(part.tolist(), z.shape[1:], args.seed, data.INPAINT, z.device))
         x, evaluations = generate(net, config, z[part], args.steps, args.solver, y_part, args.guidance, args.interval,
                                   args.shift, args.tol, start, inpaint, states)
         nfe = max(nfe, evaluations)  # dopri5's count differs from batch to batch
@@ -228,13 +229,13 @@ def read_picture(file, config, device):
     shape = shape_of(config)
     if len(shape) < 3:
         data.fail(f"{file}: this network draws points, not pictures")
-    pixels = decoded(file, data.read_picture, config.res, shape[0])
+    pixels = read_or_fail(file, data.read_picture, config.res, shape[0])
     return data.to_tensor(pixels[None], device)
 
 
 def read_mask(file, config, device):
     """bool (1, 1, H, W): True in the hole, see `data.read_mask`."""
-    hole = decoded(file, data.read_mask, config.res)
+    hole = read_or_fail(file, data.read_mask, config.res)
     if not hole.any():
         data.fail(f"{file} has no hole: make it white where the picture is to be filled in, black elsewhere (or paint "
                   f"there, and leave the rest transparent)")
@@ -243,11 +244,12 @@ def read_mask(file, config, device):
     return torch.from_numpy(hole)[None, None].to(device)
 
 
-def decoded(file, read, *sizes):
+def read_or_fail(file, read, *sizes):
+    """Reads a file by one of data.py's functions, and prints what was done; or ends the program."""
     try:
         pixels, done = read(Path(file).read_bytes(), *sizes)
     except Exception as error:  # whatever a broken file makes a decoder raise
-        data.fail(f"{file} is no picture that can be read ({error})")
+        data.fail(f"cannot read the picture {file}: {error}")
     print(f"{file}: {', '.join(done) or 'as it is'}")
     return pixels
 
@@ -419,9 +421,11 @@ def pair_of_times(text):
 
 
 def check_output(to, config, n):
-    """Refuses what cannot be written before the work. n: how many pictures there will be."""
-    points = config.dataset in data.POINTS
-    if to.suffix not in (".png", ".gif", ".npy") and (points or to.suffix):
+    """Before any work, refuses a --to that cannot be written. n: how many pictures there will be."""
+    endings = [".png", ".gif", ".npy"]
+    if config.dataset not in data.POINTS:
+        endings.append("")
+    if to.suffix not in endings:
         data.fail(f"cannot write {to}: its ending must be .png, .gif, .npy or, for pictures, none (a folder)")
     data.make_folder_for(to)
     if not to.suffix:
@@ -445,36 +449,35 @@ def parse_label(text, checkpoint):
     numbers = {name: i for i, name in enumerate(names)}
     if not any(name.isdigit() for name in names):
         numbers.update({str(i): i for i in range(len(names))})
-    every = text == "all" and names and text not in numbers
-    y, words = list(range(len(names))) if every else [], text.split(",")
-    while words and not every:
-        k = len(words)  # a name may have commas: take the longest that fits
-        while k > 1 and ",".join(words[:k]).strip() not in numbers:
-            k -= 1
-        word = ",".join(words[:k]).strip()
+    if text in numbers:  # a name may have commas, or be called all
+        words = [text]
+    elif text == "all" and names:
+        words = names
+    else:
+        words = [word.strip() for word in text.split(",")]
+    for word in words:
         if word not in numbers:
             learnt = ", ".join(names) or "no labels; train with --cond all"
             data.fail(f"--label {word}: this network has learnt {learnt}")
-        y.append(numbers[word])
-        words = words[k:]
-    y = torch.tensor(y)
+    y = torch.tensor([numbers[word] for word in words])
     if not checkpoint["multi_hot"]:
         return y  # (R,)
     rows = torch.nn.functional.one_hot(y, len(names))  # (R, K)
-    return rows if every else rows.amax(dim=0, keepdim=True)
+    return rows if words is names else rows.amax(dim=0, keepdim=True)
 
 
 def load_data(config, checkpoint=None):
     """What a run learns from: (images, labels, label_names, content). content: a hash of all three. Refuses data that
     are not the checkpoint's."""
-    *dataset, digest = data.load(config.dataset, config.root, config.res)
-    images, labels, label_names = data.choose_labels(*dataset, config.cond)
+    images, labels, label_names, digest = data.load(config.dataset, config.root, config.res)
+    images, labels, label_names = data.choose_labels(images, labels, label_names, config.cond)
     content = hashlib.sha256(repr((digest, label_names)).encode() + labels.tobytes()).hexdigest()[:16]
     if checkpoint:
         was = checkpoint["config"].dataset
-        if checkpoint["n"] != len(images) or checkpoint["content"] not in (content, None):
-            data.fail(f"{config.dataset} is not what {config.out} has learnt from: the pictures or their labels differ. "
-                      f"Give it those, or start anew: train.py --out DIR")
+        same = checkpoint["content"] in (content, None)  # None: an older checkpoint, which does not say
+        if checkpoint["n"] != len(images) or not same:
+            data.fail(f"{config.dataset} is not what {config.out} has learnt from: pictures or labels differ. Restore "
+                      f"the old data, or start anew: train.py --out DIR")
         if was != config.dataset:
             print(f"{config.dataset} holds the same pictures and labels as {was} did")
     return images, labels, label_names, content

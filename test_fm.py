@@ -749,8 +749,8 @@ def test_links_are_followed_but_not_in_circles(capsys):
     images, labels, names, _ = data.load("pets", "data", 8)
     assert names == ["cat", "dog"] and labels.tolist() == [0, 0, 1] and images[:, 0, 0, 0].tolist() == [0, 255, 255]
     said = capsys.readouterr().out
-    for link in ("pets/cat/circle, a link to a folder that holds it", "pets/dog/back, a link", "pets/gone.png, a link to nothing"):
-        assert link in said
+    assert "pets/cat/circle, a link to a folder that holds it" in said and "pets/dog/back, a link to a folder" in said
+    assert "pets/gone.png, a link to nothing" in said
 
 
 def test_a_zip_from_windows_has_folders_and_one_with_two_equal_names_is_refused(capsys):
@@ -762,23 +762,30 @@ def test_a_zip_from_windows_has_folders_and_one_with_two_equal_names_is_refused(
 
 
 STYLEGAN = b'{"labels": [["0/a.png", 3], ["0/b.png", 1], ["1/c.png", 3]]}'
+CSV = b"\xef\xbb\xbffile_name,label\na.png,dog\nb.png,cat\n"  # with the mark that Excel puts first
+JSONL = b'{"file_name": "a.png", "label": "dog"}\n{"file_name": "b.png", "label": "cat"}\n'
+CAT_DOG, A_B = {"cat/a.png": 0, "dog/b.png": 1}, {"a.png": 0, "b.png": 1}
 
 
 @in_both
 @parametrize("files,names,labels,words", [
-    ({"cat/a.png": 0, "dog/b.png": 1, "dog/c.png": 2}, ["cat", "dog"], [0, 1, 1], "2 classes from sub-folders"),
+    (CAT_DOG, ["cat", "dog"], [0, 1], "2 classes from sub-folders"),
     ({"top/cat/a.png": 0, "top/dog/b.png": 1}, ["cat", "dog"], [0, 1], "2 classes"),  # a zip of the folder top
-    ({"cat/a.png": 0, "dog/b.png": 1, "c.png": 2}, ["cat", "dog"], [0, 1, -1], "1 pictures have none, and --cond leaves"),
-    ({"a.png": 0, "b.png": 1}, [], [-1, -1], ""),
-    ({"cat/a.png": b"broken", "cow/b.png": 1, "dog/c.png": 2}, ["cow", "dog"], [0, 1], "no class cat"),
+    ({**CAT_DOG, "c.png": 2}, ["cat", "dog"], [0, 1, -1], "1 pictures have no class; --cond leaves"),
+    (A_B, [], [-1, -1], ""),
+    ({**CAT_DOG, "ant/c.png": b"broken"}, ["cat", "dog"], [0, 1], "no class ant"),
+    # StyleGAN's and EDM's table, where folders are only shards; or something else of its name
     ({"0/a.png": 0, "0/b.png": 1, "1/c.png": 2, "dataset.json": STYLEGAN}, ["1", "3"], [1, 0, 1], "from dataset.json"),
     ({"x/0/a.png": 0, "x/0/b.png": 1, "x/dataset.json": STYLEGAN}, ["1", "3"], [1, 0], "from x/dataset.json"),
     ({"0/a.png": 0, "1/b.png": 1, "dataset.json": b'{"labels": null}'}, [], [-1, -1], ""),
-    ({"cat/a.png": 0, "dog/b.png": 1, "dataset.json": b'{"name": "pets"}'}, ["cat", "dog"], [0, 1], "dataset.json was seen"),
-    ({"cat/a.png": 0, "dog/b.png": 1, "dataset.json": b"no JSON"}, ["cat", "dog"], [0, 1], "dataset.json was seen"),
-    ({"a.png": 0, "b.png": 1, "metadata.csv": b"\xef\xbb\xbffile_name,label\na.png,dog\nb.png,cat\n"}, ["cat", "dog"], [1, 0], "from metadata.csv"),
-    ({"a.png": 0, "b.png": 1, "metadata.jsonl": b'{"file_name": "a.png", "label": "dog"}\n{"file_name": "b.png", "label": "cat"}\n'}, ["cat", "dog"], [1, 0], "from metadata.jsonl"),
-    ({"a.png": 0, "b.png": 1, "metadata.csv": b"file_name,text\na.png,a dog\n"}, [], [-1, -1], "metadata.csv was seen and ignored"),
+    ({**CAT_DOG, "dataset.json": b'{"name": "pets"}'}, ["cat", "dog"], [0, 1], "dataset.json was seen and ignored"),
+    ({**CAT_DOG, "dataset.json": b"no JSON"}, ["cat", "dog"], [0, 1], "dataset.json was seen and ignored"),
+    # Hugging Face's tables
+    ({**A_B, "metadata.csv": CSV}, ["cat", "dog"], [1, 0], "from metadata.csv"),
+    ({**A_B, "metadata.jsonl": JSONL}, ["cat", "dog"], [1, 0], "from metadata.jsonl"),
+    ({**A_B, "metadata.csv": b"file_name,text\na.png,a dog\n"}, [], [-1, -1], "metadata.csv was seen and ignored"),
+    ({**CAT_DOG, "metadata.csv": CSV}, ["cat", "dog"], [0, 1], "no picture has one of the names"),
+    ({**CAT_DOG, "cat/metadata.csv": CSV}, ["cat", "dog"], [0, 1], "does not lie above all pictures"),
 ])
 def test_classes_are_sub_folders_or_what_a_table_says(files, names, labels, words, zipped, capsys):
     images, got, got_names, _ = data.load(make_dataset(files, zipped), "data", 8)
@@ -828,7 +835,7 @@ def test_packs_of_data_that_has_gone_or_changed_are_named_with_a_command_that_de
     make_pictures(Path("pets"), 4)
     data.load("pets", "data", 16)
     said = capsys.readouterr().out
-    assert len(list(Path("data/cache").glob("*.images"))) == 3 and "or changed, 0.0 MB" in said
+    assert len(list(Path("data/cache").glob("*.images"))) == 3 and "or has changed, 0.0 MB" in said
     subprocess.run(said.split("to delete them: ")[1], shell=True, check=True)
     assert {file.suffix for file in Path("data/cache").iterdir()} == {".images", ".npz", ".txt"}
     assert not packs(capsys, "pets")
@@ -933,16 +940,19 @@ def tiff(bits, left, right, photometric=1, sample_format=1):
         pairs = [(left, left)] * 4 + [(right, right)] * 4
         row = b"".join(((a << 12) + b).to_bytes(3, "big") for a, b in pairs)
     else:
-        row = np.array([left] * 8 + [right] * 8, {16: "<u2", 32: "<i4" if sample_format == 2 else "<f4"}[bits]).tobytes()
+        row = np.array([left] * 8 + [right] * 8, {1: "<u", 2: "<i", 3: "<f"}[sample_format] + str(bits // 8)).tobytes()
     tags = {256: 16, 257: 16, 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 12 * 10 + 4, 277: 1, 278: 16,
             279: 16 * len(row), 339: sample_format}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + row * 16
 
 
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
 def swapped_profile():
-    """sRGB's profile with the primaries red and green in each other's place: red ink looks green."""
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"\0s\0R\0G\0B", b"\0s\0w\0a\0p"))
+    """sRGB's profile under another name, with the primaries red and green in each other's place: red looks green."""
+    profile = bytearray(SRGB.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be")))
     red, green = profile.index(b"rXYZ"), profile.index(b"gXYZ")
     profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"
     return bytes(profile)
@@ -994,7 +1004,6 @@ CORPUS = {
     "palette-alpha.png": (png(3, 8, (0,), (1,), **palette, tRNS=b"\xff\0"), RED, WHITE, "transparency turned white"),
     "grey-colour.png": (png(0, 8, (0,), (128,), tRNS=b"\0\0"), WHITE, GREY, "transparency turned white"),
     "bits1-colour.png": (png(0, 1, (0,), (1,), tRNS=b"\0\0"), WHITE, WHITE, "transparency turned white"),
-    "bits2-colour.png": (png(0, 2, (1,), (2,), tRNS=b"\0\1"), WHITE, (170,) * 3, "transparency turned white"),
     "rgb-colour.png": (png(2, 8, RED, BLUE, tRNS=struct.pack(">3H", *BLUE)), RED, WHITE, "transparency turned white"),
     "clear.gif": (encoded(halves(0, 1, "P"), "GIF", transparency=0), WHITE, None, "transparency turned white"),
     # 16 bits and others
@@ -1015,8 +1024,7 @@ CORPUS = {
     "floats.tif": (tiff(32, 0, 1, sample_format=3), None, None, "no agreed black and white"),
     # colours
     "profile.png": (encoded(red_blue, "PNG", icc_profile=swapped_profile()), GREEN, BLUE, "colours converted to sRGB"),
-    "srgb.png": (encoded(red_blue, "PNG", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
-                 RED, BLUE, ""),
+    "srgb.png": (encoded(red_blue, "PNG", icc_profile=SRGB), RED, BLUE, ""),
     "broken-profile.png": (encoded(red_blue, "PNG", icc_profile=b"no profile"), RED, BLUE, ""),
     "other-profile.png": (encoded(halves(0, 128, "L"), "PNG", icc_profile=swapped_profile()), BLACK, GREY, ""),
     "profile-alpha.png": (encoded(halves((*RED, 255), (*RED, 0), "RGBA"), "PNG", icc_profile=swapped_profile()), GREEN,
@@ -1025,8 +1033,8 @@ CORPUS = {
     "cmyk-profile.tif": (encoded(halves((0, 255, 255, 0), (0, 0, 0, 255), "CMYK"), "TIFF",
                                  icc_profile=grey_ink_profile()), (119,) * 3, BLACK, "colours converted to sRGB"),
     # shape
-    "wide.png": (encoded(ImageOps.expand(red_blue, (20, 0), "white"), "PNG"), RED, BLUE, "cropped to the centre square"),
-    "tall.png": (encoded(ImageOps.expand(red_blue, (0, 20), "white"), "PNG"), RED, BLUE, "cropped to the centre square"),
+    "wide.png": (encoded(ImageOps.expand(red_blue, (20, 0), "white"), "PNG"), RED, BLUE, "cropped to the centre"),
+    "tall.png": (encoded(ImageOps.expand(red_blue, (0, 20), "white"), "PNG"), RED, BLUE, "cropped to the centre"),
     "large.png": (encoded(red_blue.resize((64, 64)), "PNG"), RED, BLUE, "resized to 16x16"),
     "small.png": (encoded(halves(RED, BLUE, size=(2, 2)), "PNG"), RED, BLUE, "enlarged to 16x16"),
     "turned.png": (encoded(red_blue.rotate(90), "PNG", exif=exif(6)), RED, BLUE, "turned upright"),
@@ -1192,12 +1200,25 @@ def check_read(name, res=None):
 
 @parametrize("name", data.OFFICIAL)
 @every_offer
-@parametrize("folder", ["data", "data/NAME", "data/NAME/cifar-10-batches-bin"])
+@parametrize("folder", ["data/NAME", "data/NAME/cifar-10-batches-bin"])
 def test_official_files_are_found_and_read_once(name, offer, folder, monkeypatch):
     write(Path(folder.replace("NAME", name)), offer(name))
     check_read(name)
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
     check_read(name)
+
+
+@parametrize("name,folder,other", [
+    ("mnist", "MNIST/raw", "FashionMNIST/raw"),  # torchvision's
+    ("fashion", "FashionMNIST/raw", "MNIST/raw"),
+    ("cifar10", "cifar-10-batches-bin", "MNIST/raw"),
+    ("fashion", "fashion-mnist", "mnist"),  # Debian's
+])
+def test_official_files_are_found_where_other_programs_put_them(name, folder, other):
+    write(Path("data", other), {IDX[0]: b"another dataset's"})
+    write(Path("data", folder), unpacked(name))
+    check_read(name)
+    assert len(data.load(name, f"data/{folder}", data.usual_res(name))[0]) == 18  # root may be that folder itself
 
 
 def test_official_pictures_are_resized_and_may_lie_in_folders_of_their_own_names(capsys):
@@ -2009,7 +2030,7 @@ def test_each_label_gets_a_row_of_its_own(labelled_run):
     ("dog,cat", False, [1, 0]),  # two classes: a row of samples each
     ("all", False, [0, 1, 2]),
     ("2,0", False, [2, 0]),  # numbers, where no name is one
-    ("cow, brown,cat", False, [2, 0]),  # a comma in a name
+    ("cow, brown", False, [2]),  # a comma in a name
     ("cow, brown", True, [[0, 0, 1]]),
     ("dog, cat", True, [[1, 1, 0]]),  # two attributes: samples that have both
     ("all", True, [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
@@ -2021,7 +2042,8 @@ def test_a_label_is_read_as_its_kind_says_and_may_have_commas(text, multi_hot, r
 
 def test_a_name_is_always_what_it_says(capsys):
     checkpoint = {"label_names": ["10", "3", "all"], "multi_hot": False}
-    assert sample.parse_label("3,10,all", checkpoint).tolist() == [1, 0, 2]
+    assert sample.parse_label("3,10", checkpoint).tolist() == [1, 0]
+    assert sample.parse_label("all", checkpoint).tolist() == [2]
     for number in "01":  # neither is a name, and numbers would mean something else
         refuses(capsys, f"--label {number}: 10, 3, all", sample.parse_label, number, checkpoint)
 
@@ -2127,7 +2149,8 @@ def test_a_mask_without_a_hole_is_refused_and_one_that_is_all_hole_is_said(capsy
     halves(0, 0, "L").save("none.png")
     halves(255, 255, "L").save("all.png")
     refuses(capsys, "none.png no hole white", sample.read_mask, "none.png", config, CPU)
-    assert sample.read_mask("all.png", config, CPU).all() and "nothing of the picture is kept" in capsys.readouterr().out
+    assert sample.read_mask("all.png", config, CPU).all()
+    assert "nothing of the picture is kept" in capsys.readouterr().out
 
 
 def test_inversion_finds_noise_that_leads_back_to_the_picture(pets_run, capsys):
