@@ -1060,7 +1060,7 @@ CORPUS = {
     "upper.PNG": (png(2, 8, RED, BLUE), RED, BLUE, ""),
     **{f"kind.{ending}": (encoded(red_blue, kind), RED, BLUE, "") for ending, kind in {
         "jfif": "JPEG", "jpe": "JPEG", "tiff": "TIFF", "bmp": "BMP", "ppm": "PPM", "tga": "TGA", "jp2": "JPEG2000",
-        "qoi": "QOI", "apng": "PNG", "dib": "DIB", "pcx": "PCX"}.items()},
+        "apng": "PNG", "dib": "DIB", "pcx": "PCX"}.items()},
 }
 
 
