@@ -119,7 +119,7 @@ def load(name, root="data", res=32):
     # packed again when one of them changes. It ignores their folder, so a dataset may move.
     identity = [(file, path.stat().st_size, path.stat().st_mtime_ns) for file, path in files.items()]
     code = [inspect.getsource(function) for function in READING]
-    key = hashlib.sha256(repr((identity, FACES, res, code)).encode(errors="surrogateescape")).hexdigest()[:12]
+    key = hashlib.sha256(repr((identity, n, res, code)).encode(errors="surrogateescape")).hexdigest()[:12]
     pack = Path(root, "cache", f"{short_name(name)}-{res}-{key}.images")
     if not pack.exists() and not is_writable(pack.parent):
         pack = Path("data", "cache", pack.name)  # root may be a shared disk that is read-only
@@ -148,7 +148,9 @@ def find_dataset(name, root, res):
     """
     if name == "faces":
         code = Path(__file__)  # redrawn whenever this file changes
-        return code, {code.name: code}, FACE_ATTRIBUTES, FACES, stream_faces(res)
+        # As many as take about half a minute to draw. A default run at 32 pixels sees each about once.
+        n = min(FACES, 2**28 // res**2)
+        return code, {code.name: code}, FACE_ATTRIBUTES, n, stream_faces(n, res)
     if name in OFFICIAL:
         files = find_official(name, root)
         names = OFFICIAL[name]["label_names"]
@@ -258,7 +260,7 @@ POINTS = {"moons": moons, "8gaussians": eight_gaussians, "checkerboard": checker
 # ---------------------------------------------------------------------------------------------------------------
 # Cartoon faces, the default data: no download, any resolution, drawn by the code below.
 
-FACES = 20_000  # how many are drawn; the default run sees each about once
+FACES = 20_000  # the most that are drawn
 FACE_ATTRIBUTES = ("smiling", "open_mouth", "glasses", "hat", "beard", "long_hair", "curly_hair", "blond")
 
 
@@ -765,10 +767,10 @@ def plot(curves, xlabel):
 # Packing
 
 
-def stream_faces(res):
+def stream_faces(n, res):
     at_once = max(1, 2**16 // res**2)  # few enough to stay in the processor's cache, which is faster than threads
-    for i in range(0, FACES, at_once):
-        for pixels, label in zip(*draw_faces(range(i, min(i + at_once, FACES)), res)):
+    for i in range(0, n, at_once):
+        for pixels, label in zip(*draw_faces(range(i, min(i + at_once, n)), res)):
             yield pixels, label, []
 
 

@@ -109,14 +109,20 @@ def patchify(z, patch, stride):
 
 
 def unpatchify(patches, res, patch, stride):
-    """Puts patches back, averaging where they overlap.
+    """Puts patches back. Where they overlap it takes their mean, in which a patch counts less towards its rim, so that
+    one fades into the next and no edge shows.
 
     fold adds up what overlaps: a pixel covered by four patches would come out four times as bright. So the sum is
-    divided by the normalisation mask, the fold of ones, which counts the patches over each pixel.
+    divided by the normalisation mask, the fold of the weights.
     """
-    total = F.fold(patches.transpose(1, 2), res, patch, stride=stride)  # (B, N, P) -> (B, C, H, W)
-    ones = torch.ones_like(patches[:1, :, : patch**2])  # (1, N, patch^2): one picture of one channel
-    mask = F.fold(ones.transpose(1, 2), res, patch, stride=stride)  # (1, 1, H, W)
+    place = torch.arange(patch, device=patches.device)
+    to_rim = torch.minimum(place, patch - 1 - place)  # 0 at both ends
+    weight = (to_rim + 1).clamp(max=patch - stride + 1.0)  # (patch,); all equal if nothing overlaps
+    window = torch.outer(weight, weight).flatten()  # (patch^2,)
+    B, N, P = patches.shape
+    weighted = (patches.view(B, N, -1, patch**2) * window).view(B, N, P)
+    total = F.fold(weighted.transpose(1, 2), res, patch, stride=stride)  # (B, N, P) -> (B, C, H, W)
+    mask = F.fold(window.expand(1, N, -1).transpose(1, 2), res, patch, stride=stride)  # (1, 1, H, W)
     return total / mask  # (B, C, H, W)
 
 

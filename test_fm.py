@@ -408,6 +408,14 @@ def test_unpatchify_puts_together_what_patchify_cut_out(patch, stride):
     assert_close(model.unpatchify(patches, 16, patch, stride), z)
 
 
+def test_where_patches_overlap_one_fades_into_the_next_and_no_edge_shows():
+    """White patches and black ones in turn: a plain mean would jump by half at each rim."""
+    patches = (torch.arange(81) % 2.0)[None, :, None].expand(1, 81, 3 * 32**2)
+    row = model.unpatchify(patches, 256, 32, 28)[0, 0, 16]  # the middle of the first row of patches
+    assert torch.equal(row[[0, 27, 32, 55, 60]], torch.tensor([0.0, 0, 1, 1, 0]))  # five places that one patch covers
+    assert_close(row[28:32], torch.tensor([0.2, 0.4, 0.6, 0.8]))
+
+
 def test_a_stride_that_does_not_fit_is_refused_with_the_nearest_that_do():
     model.check_stride(256, 16, 12)
     with pytest.raises(ValueError, match="nearest that fit: 12, 15"):
@@ -882,6 +890,12 @@ def test_a_face_depends_on_its_index_alone_and_looks_alike_at_every_resolution()
         small, small_label = data.draw_faces([i], 16)
         shrunk = image.reshape(16, 4, 16, 4, 3).mean((1, 3))
         assert np.abs(shrunk - small).mean() < 6 and (label == small_label).all()
+
+
+def test_fewer_faces_are_drawn_if_they_are_large(monkeypatch):
+    monkeypatch.setattr(data, "FACES", 20_000)
+    count = {res: data.find_dataset("faces", Path("data"), res)[3] for res in (32, 64, 256, 512)}
+    assert count == {32: 20_000, 64: 20_000, 256: 4096, 512: 1024}
 
 
 @parametrize("name,row,column", [
@@ -1713,25 +1727,41 @@ def test_moons_train_to_moons_and_w2_is_logged(monkeypatch):
 
 
 def test_the_256_pixel_face_model_has_about_115M_parameters_and_441_tokens():
-    config = train.resolve({"dataset": "celeba", "res": 256})
+    config = train.resolve({"dataset": "celeba", "res": 256, "preset": "gpu"})
     with torch.device("meta"):
         net = model.build(**train.network_sizes(config, label_count=0))
     assert sum(w.numel() for w in net.parameters()) == approx(115e6, rel=0.01)
     assert net.position.shape == (441, 768)
 
 
-def test_presets_fit_every_resolution_with_several_patches_a_side():
+@parametrize("size", ["laptop", "gpu"])
+def test_presets_fit_every_resolution_with_several_patches_a_side(size):
     for res in (*range(8, 65), 96, 128, 256, 512):
-        config = train.resolve({"res": res})
+        config = train.resolve({"res": res, "preset": size})
         model.check_stride(res, config.patch, config.stride)
         assert (res - config.patch) // config.stride + 1 >= 4, res
         if res == 32:
             assert config.patch == config.stride == 4
 
 
-def test_presets_of_small_pictures_see_more_noise_than_the_formula_and_of_large_ones_as_much():
-    means = [train.resolve({"res": res}).t_mean for res in (32, 64, 256, 512)]
-    assert means == approx([0, 0, -0.8, -0.8 - math.log(2)])
+def test_a_laptop_works_on_about_100_patches_however_large_the_picture():
+    for res in (32, 64, 128, 256, 512):
+        config = train.resolve({"res": res, "preset": "laptop"})
+        assert 64 <= ((res - config.patch) // config.stride + 1) ** 2 <= 121
+
+
+def test_larger_pictures_see_more_noise_and_on_a_laptop_more_than_the_formula_says():
+    for size, expected in (("laptop", [0, 0, -math.log(2), -math.log(8), -math.log(16)]),
+                           ("gpu", [0, 0, 0, -0.8, -0.8 - math.log(2)])):
+        means = [train.resolve({"res": res, "preset": size}).t_mean for res in (16, 32, 64, 256, 512)]
+        assert means == approx(expected)
+
+
+def test_without_cuda_the_preset_is_the_laptops_and_a_flag_chooses_the_other(monkeypatch):
+    assert train.resolve({"res": 256, "device": "cpu"}).width == 256
+    assert train.resolve({"res": 256, "preset": "gpu"}).width == 768
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train.resolve({"res": 256}).preset == "gpu"
 
 
 @parametrize("flags,optimizer", [("", "adamw"), ("--network transformer --patch 7 --stride 7", "muon")])

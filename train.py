@@ -57,8 +57,7 @@ class Config:
     target: str = flag("v", "what the squared error compares", choices=("x", "e", "v"))
     path: str = flag("linear", "how data and noise are mixed", choices=tuple(fm.PATHS))
     times: str = flag("logit-normal", "distribution of the training times", choices=tuple(fm.TIMES))
-    t_mean: float = flag(0.0, "mean of logit(t); by default min(0, -0.8 - log(res/256)), for mnist and its like -0.4",
-                         low=-1e38)
+    t_mean: float = flag(0.0, "mean of logit(t), lower for larger pictures; see `preset` for its defaults", low=-1e38)
     ot: bool = flag(False, "pair noise with data by optimal transport")
     ot_block: int = flag(64, "pair in groups of this many: the cost grows as n^3, and larger groups gain little")
     cover: float = flag(0.0, "fraction of the times drawn uniformly, to see rare ones; the loss is reweighted", high=1)
@@ -85,6 +84,8 @@ class Config:
     clip: float = flag(1.0, "gradients of a larger norm are scaled down to this one", low=1e-9)
     ema: float = flag(0.98, "decay of the averaged weights, the ones to sample from", high=1)
     # the run
+    preset: str = flag("auto", "these defaults' size: laptop, gpu (the papers' networks), or auto: gpu where CUDA is",
+                       choices=("auto", "laptop", "gpu"))
     seed: int = flag(0, "of weights, batches, noise and times; what is held out is always the same", low=0,
                      high=2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda or mps")
@@ -156,7 +157,6 @@ def train_step(config, step, net, ema, optimizers, batch):
 def train(config, checkpoint, rank, world, device):
     """The loop. Goes on from a checkpoint, or starts anew if that is None. Returns the averaged network."""
     images, labels, label_names, content = load_dataset(config, checkpoint, world)
-    print(f"{len(images):,} samples, each to be seen about {config.steps * config.batch / len(images):.2g} times")
     if len(images) < 500:
         print("so few will be learnt by heart: expect samples that are nearly copies of them")
     net, ema, optimizers, sizes = build_networks(config, checkpoint, len(label_names), device, world)
@@ -186,6 +186,9 @@ def train(config, checkpoint, rank, world, device):
             loss = total.item() / (done - reported)  # of this process's share of the batch
             rate = (done - reported) * config.batch / (time.perf_counter() - clock)
             row = report(config, step, loss, rate)
+            if done == first + 3:
+                print(f"each of {len(images):,} samples is seen every {timedelta(seconds=round(len(images) / rate))}, "
+                      f"{config.steps * config.batch / len(images):.1f} times in all", flush=True)
             if milestone:
                 row.update(held_out(ema, config, images, labels, device))
                 print(f"held-out loss {row['held_out']:.4f}", flush=True)
@@ -481,37 +484,48 @@ def resolve(given):
     """Config's defaults, overridden by the preset, overridden by the given fields."""
     name = given.get("dataset", Config.dataset)
     res = given.get("res", data.usual_res(name))
-    fields = {"res": res, **preset(name, res, given.get("network")), **given}
+    size = given.get("preset", "auto")
+    if size == "auto":
+        size = "gpu" if sample.pick_device(given.get("device", "auto")).type == "cuda" else "laptop"
+    fields = {"res": res, **preset(name, res, size, given.get("network")), **given, "preset": size}
     config = Config(**fields)
     config.out = config.out or str(data.run_folder(name, res))
     return config
 
 
-def preset(name, res, network=None):
-    """The fields that differ from Config's defaults. network: the one that the user asks for, if any."""
+def preset(name, res, size, network=None):
+    """The fields that differ from Config's defaults. size: laptop or gpu. network: the one that the user asks for, if
+    any."""
     if name in data.POINTS:
         return dict(network="mlp", width=64, predict="v", times="uniform", optimizer="adamw", steps=3000, batch=256,
                     lr=2e-3, ema=0.999, report=200, preview=1000)
-    # For small pictures the formula gives a high mean, 1.3 at 32 pixels: mostly times with little noise. A short run
-    # then draws faces whose parts do not fit together, and ignores labels, which matter most where noise hides the
-    # picture. So the mean is at most 0.
-    fields = dict(t_mean=min(0.0, fm.logit_normal_mean(res)))
+    # The formula's mean of logit(t) is for long runs. Short ones draw faces whose parts do not fit together, and ignore
+    # labels, unless they see more noise, which hides all but the layout. So on a laptop the same shift starts from 0
+    # at 32 pixels.
+    mean = fm.logit_normal_mean(res) if size == "gpu" else fm.logit_normal_mean(res) - fm.logit_normal_mean(32)
+    fields, patch = dict(t_mean=min(0.0, mean)), res // 8
     if name in data.OFFICIAL:
         network = network or "unet"
         fields.update(cond="all", flip=name != "mnist", t_mean=-0.4, steps=2000, batch=64, warmup=100, ema=0.995,
                       report=50, preview=500)
-    elif res >= 128:  # at 256: the sizes of JiT-B/16, with overlapping patches, about 115M parameters
+    elif size == "gpu" and res >= 128:  # at 256: JiT-B/16, with overlapping patches, about 115M parameters
         fields.update(width=768, depth=12, heads=12, optimizer="adamw", lr=2e-4, batch=128, steps=160_000, warmup=2000,
                       cooldown=0.0, ema=0.9999, report=50, preview=2000)
-    elif res > 32:
+        patch = res // 16
+    elif size == "gpu" and res > 32:
         fields.update(width=384, depth=8, heads=6, batch=64, lr=1e-3, steps=20_000, warmup=500, ema=0.999, report=50,
                       preview=1000)
-    elif name != "faces":  # real pictures are less alike than the faces that the defaults are tuned for
+    # Real pictures differ more than the faces for which the defaults are tuned: minutes at 32 pixels, else a night.
+    elif name != "faces" and res <= 32:
         fields.update(steps=2000, ema=0.99, preview=250)
+    elif name != "faces":
+        fields.update(width=384, depth=6, heads=6, lr=2e-3, steps=20_000, warmup=100, ema=0.999, report=50, preview=500)
+    elif res > 32:
+        fields.update(steps=1000, preview=250)
     if network == "unet":
         fields.update(network="unet", width=32, depth=2, heads=4, optimizer="adamw", lr=2e-3)
     else:
-        patch, stride = fitting_patches(res, res // 16 if res >= 128 else res // 8)
+        patch, stride = fitting_patches(res, patch)
         fields.update(patch=patch, stride=stride)
     return fields
 
@@ -552,7 +566,7 @@ def check(config, given):
 
 
 # If any of these changed, a checkpoint's weights or optimizers would not fit, or mean something else.
-FIXED = ("dataset", "res", "predict", "path", "network", "patch", "stride", "width", "depth", "heads", "norm",
+FIXED = ("preset", "dataset", "res", "predict", "path", "network", "patch", "stride", "width", "depth", "heads", "norm",
          "optimizer", "cond")
 
 
