@@ -149,7 +149,7 @@ def find_dataset(name, root, res):
     if name == "faces":
         code = Path(__file__)  # redrawn whenever this file changes
         # As many as take about half a minute to draw. A default run at 32 pixels sees each about once.
-        n = min(FACES, 2**28 // res**2)
+        n = min(FACES, 2**27 // res**2)
         return code, {code.name: code}, FACE_ATTRIBUTES, n, stream_faces(n, res)
     if name in OFFICIAL:
         files = find_official(name, root)
@@ -342,7 +342,10 @@ def draw_faces(indices, res):
     def paint(who, colour, shape):
         """Lays a flat colour over the inside of a shape, on the faces where `who` holds; edges are one pixel soft."""
         opacity = np.clip(0.5 - shape * pixels_per_unit, 0, 1) * who
-        canvas[:] += opacity * (colour - canvas)
+        rows, columns = np.flatnonzero(opacity.any(axis=(0, 2))), np.flatnonzero(opacity.any(axis=(0, 1)))
+        if len(rows):  # most shapes are small, and what lies outside of them stays as it is
+            box = np.s_[..., rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            canvas[box] += opacity[box] * (colour - canvas[box])
 
     # Behind the head.
     paint(falling, shadow, slab(x, y - 0.03 - 0.23 * long, 0.76, 0.65 + 0.23 * long, 0.55))
