@@ -2290,9 +2290,9 @@ def test_bits_per_dimension_of_gaussian_pictures_are_their_entropy_in_grey_level
     variance = 4 + 1 / 12
     v = gaussian_velocity(0, math.sqrt(variance) / 127.5)
     said = likelihood(lambda z, t, y: v(z, t.view(-1, 1, 1, 1)), "grey", 2, 20, capsys)
-    assert "bits per dimension at most on 2 held-out samples, 20 steps of rk4, NFE 80, from noise of 0.00" in said
+    assert "bits per dimension at most on 2 held-out samples, 20 steps of rk4, NFE 80, from noise of 0.005" in said
     entropy = math.log2(2 * math.pi * math.e * variance) / 2
-    assert float(said.split()[0]) == approx(entropy, abs=0.05)
+    assert entropy < float(said.split()[0]) < entropy + 0.1  # a bound: with a noise of 0.005 it is 0.07 above
 
 
 def test_the_likelihood_of_trained_pictures_is_not_called_held_out_and_needs_the_same_pictures(capsys):
