@@ -1053,7 +1053,7 @@ def main(argv=None):
 
 # Batches, noise and the like each have a seed of their own, made from the user's seed (or a fixed one), one of these
 # purposes, and what else they depend on: the step and the process, or the sample. The order of calls has no effect.
-ORDER, BATCH, HELD_OUT, SAMPLE, SPLIT, INPAINT, TRACE = range(7)
+ORDER, BATCH, HELD_OUT, SAMPLE, SPLIT, ON_THE_WAY, TRACE = range(7)
 
 
 def seed_from(*integers):

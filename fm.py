@@ -312,6 +312,31 @@ def time_grid(steps, shift=1.0):
     return [i / (i + shift * (steps - i)) for i in range(steps + 1)]
 
 
+def solve_with_churn(v, z, ts, churn, new_noise, path=linear, solver="heun", end_euler=False, states=None, tol=1e-4):
+    """`solve` with randomness on the way. new_noise(): a new e, shaped as z. Returns z and the NFE.
+
+    The score, which is the gradient of log p(z), is -e / sigma, where e is the mean of the noise in z. Whoever adds
+    g/2 score to the velocity, and noise of variance g dt, leaves the distribution of z at each time as it was, for any
+    g(t) >= 0: what the noise spreads, the score draws together (Song et al. 2020, arXiv 2011.13456; Ma et al. 2024,
+    arXiv 2401.08740). Here g = 2 churn sigma, which vanishes at t = 1:
+
+        dz = v dt - churn e dt + sqrt(2 churn sigma) dB
+
+    So errors of earlier steps are partly forgotten. Each step first takes the random part, then the ODE's.
+    """
+    nfe = 0
+    for t, s in zip(ts, ts[1:]):
+        times = torch.full((len(z),), t, dtype=z.dtype, device=z.device)
+        _, sigma, _, _ = path(torch.tensor(t, dtype=z.dtype))
+        e = convert(v(z, t), "v", "e", z, times, path)
+        z = z - churn * (s - t) * e + (2 * churn * sigma * (s - t)).sqrt() * new_noise()
+        z, evaluations = solve(v, z, [t, s], solver, end_euler and s == ts[-1], tol=tol)
+        nfe += 1 + evaluations
+        if states is not None:
+            states.append(z)
+    return z, nfe
+
+
 def inpaint(v, z, x, hole, new_noise, ts, path=linear, solver="heun", end_euler=False, states=None, tol=1e-4,
             repeats=5):
     """Fills a hole in the picture x. Returns the picture and the NFE. hole: bool, True where to fill. new_noise():

@@ -26,23 +26,26 @@ import model
 
 
 def generate(net, config, z, steps, solver="euler", y=None, guidance=1.0, interval=(0.1, 1.0), shift=1.0, tol=1e-4,
-             start=0.0, inpaint=None, states=None):
+             start=0.0, inpaint=None, churn=0.0, new_noise=None, states=None):
     """Follows the flow from z, at time `start` (0: noise), to samples, float32, shaped as z. Returns (samples, NFE).
 
-    config: a run's, of which it reads predict, path and bf16. y: labels, or None. inpaint: (picture, hole, new_noise),
-    to fill the hole in the picture, see `fm.inpaint`. states: a list that receives the state after each step.
+    config: a run's, of which it reads predict, path and bf16. y: labels, or None. inpaint: (picture, hole), to fill the
+    hole in the picture, see `fm.inpaint`. churn: see `fm.solve_with_churn`. new_noise: a function, for these two. states:
+    a list that receives the state after each step.
     """
     y_null = None if y is None else model.hide(y, torch.ones(len(y), dtype=bool, device=y.device))
     path = fm.PATHS[config.path]
     v = fm.velocity(net, config.predict, path, y, y_null, guidance, interval)
     ts = [start + (1 - start) * t for t in fm.time_grid(steps, shift)]
-    if solver == "dopri5" and states is None and inpaint is None:
-        ts = [start, 1.0]  # it chooses its own steps; only a GIF or inpainting needs the states between
+    if solver == "dopri5" and states is None and new_noise is None:
+        ts = [start, 1.0]  # it chooses its own steps; only a GIF or new noise on the way needs the states between
     end_euler = config.predict == "x"
     # No bfloat16 with dopri5: it would take the rounding for its own error, and shorten its steps.
     with autocast(z.device, config.bf16 and solver != "dopri5"):
         if inpaint is not None:
-            return fm.inpaint(v, z, *inpaint, ts, path, solver, end_euler, states, tol)
+            return fm.inpaint(v, z, *inpaint, new_noise, ts, path, solver, end_euler, states, tol)
+        if churn:
+            return fm.solve_with_churn(v, z, ts, churn, new_noise, path, solver, end_euler, states, tol)
         return fm.solve(v, z, ts, solver, end_euler, states, tol)
 
 
@@ -147,12 +150,11 @@ def generate_in_batches(net, config, z, y, args, start, known, keep_states):
     for part in torch.arange(len(z)).split(args.batch):
         y_part = None if y is None else y[part]
         states = [z[part]] if keep_states else None
-        inpaint = None
-        if known is not None:
-            picture, hole = known
-            inpaint = (picture, hole, noise_source(part.tolist(), z.shape[1:], args.seed, data.INPAINT, z.device))
+        new_noise = None
+        if known is not None or args.churn:
+            new_noise = noise_source(part.tolist(), z.shape[1:], args.seed, data.ON_THE_WAY, z.device)
         x, evaluations = generate(net, config, z[part], args.steps, args.solver, y_part, args.guidance, args.interval,
-                                  args.shift, args.tol, start, inpaint, states)
+                                  args.shift, args.tol, start, known, args.churn, new_noise, states)
         nfe = max(nfe, evaluations)  # dopri5's count differs from batch to batch
         samples.append(x.cpu())  # waits for a GPU, so that the time below is right
         flows.append(states)
@@ -386,6 +388,8 @@ def parse_flags(argv):
                         help="how strongly the label pulls; 1: as learnt")
     parser.add_argument("--interval", type=pair_of_times, default=(0.1, 1.0),
                         help="times between which guidance acts: 0.1,1")
+    parser.add_argument("--churn", type=data.number(float, 0, 100), default=0.0,
+                        help="noise added, and removed, on the way; 0: none")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--interpolate", type=count, help="pictures from each noise to the next")
     modes.add_argument("--from", dest="source", metavar="PICTURE", help="start from this picture with noise added")
@@ -411,6 +415,8 @@ def parse_flags(argv):
         data.fail("--guidance needs a --label to pull towards")
     if args.guidance != 1 and (args.bpd or args.sweep or args.invert):
         data.fail("--bpd, --sweep and --invert work without --guidance")
+    if args.churn and (args.bpd or args.sweep or args.invert or args.inpaint or args.paths):
+        data.fail("--bpd, --sweep, --invert, --inpaint and --paths work without --churn")
     if args.label and (args.bpd or args.paths):
         data.fail("--bpd and --paths work without --label")
     return args

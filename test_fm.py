@@ -347,6 +347,34 @@ def byte(number):
     return number / 127.5 - 1
 
 
+def gaussian_field(path, m, s):
+    """The mean velocity where the data are N(m, s^2), on any path."""
+
+    def v(z, t):
+        alpha, sigma, d_alpha, d_sigma = path(torch.tensor(t, dtype=z.dtype))
+        slope = (d_alpha * alpha * s**2 + d_sigma * sigma) / (alpha**2 * s**2 + sigma**2)
+        return d_alpha * m + slope * (z - alpha * m)
+
+    return v
+
+
+@every_path
+@parametrize("stop", [0.3, 0.7, 1.0])
+def test_churn_leaves_the_distribution_at_each_time_as_it_is(path, stop):
+    """Of data from N(2, 0.5^2)."""
+    v, z = gaussian_field(path, 2, 0.5), torch.randn(20_000, 1, dtype=torch.float64)
+    ts = np.linspace(0, stop, 400).tolist()
+    ends = [fm.solve_with_churn(v, z, ts, churn, lambda: torch.randn_like(z), path)[0] for churn in (0.5, 3)]
+    alpha, sigma, _, _ = path(torch.tensor(stop, dtype=torch.float64))
+    for end in ends:
+        assert float(end.mean()) == approx(float(2 * alpha), abs=0.02)
+        assert float(end.std()) == approx(math.hypot(0.5 * alpha, sigma), rel=0.02)
+    still, _ = fm.solve(v, z, ts, "heun")
+    assert torch.equal(still, fm.solve_with_churn(v, z, ts, 0, lambda: torch.randn_like(z), path)[0])
+    again = [torch.corrcoef(torch.cat([still, end], 1).T)[0, 1] for end in ends]
+    assert 0.98 > again[0] > again[1]  # the more churn, the less is left of the noise that it started from
+
+
 @every_path
 @parametrize("level", [0, 127, 255])
 def test_a_picture_that_is_known_beforehand_takes_no_bits(level, path):
@@ -2022,7 +2050,7 @@ def test_a_sample_depends_on_seed_and_index_only(pets_run):
     assert np.abs(five[0] - five[1]).max() > 1e-4
     start = sample.noise(range(5), (3,), seed=0)
     assert torch.equal(sample.noise(range(2), (3,), seed=0), start[:2])
-    fill = sample.noise_source(range(5), (3,), 0, data.INPAINT, CPU)
+    fill = sample.noise_source(range(5), (3,), 0, data.ON_THE_WAY, CPU)
     assert not torch.equal(fill(), start) and not torch.equal(fill(), fill())
 
 
