@@ -254,6 +254,25 @@ def spirals(n, rng):
     return 4 * np.stack([r * np.cos(angle), r * np.sin(angle)], 1) + 0.1 * rng.normal(size=(n, 2))
 
 
+@functools.lru_cache
+def plane(dim):
+    """A fixed plane in dim dimensions, at a random angle: two orthonormal columns, (dim, 2) float32. For dim = 2 it is
+    the plane itself, not turned."""
+    if dim == 2:
+        return torch.eye(2)
+    return torch.from_numpy(np.linalg.qr(np.random.default_rng(dim).normal(size=(dim, 2)))[0].astype(np.float32))
+
+
+def bury(p, dim):
+    """Points of the plane, (n, 2), as points in dim dimensions, (n, dim)."""
+    return p @ plane(dim).T.to(p)
+
+
+def dig(z):
+    """Points in any number of dimensions, (..., dim), as seen in the plane, (..., 2)."""
+    return z @ plane(z.shape[-1]).to(z)
+
+
 POINTS = {"moons": moons, "8gaussians": eight_gaussians, "checkerboard": checkerboard, "spirals": spirals}
 
 

@@ -67,14 +67,14 @@ def noise_source(indices, shape, seed, purpose, device):
 def shape_of(config):
     """The shape of one sample."""
     if config.dataset in data.POINTS:
-        return (2,)
+        return (config.dim,)
     return (data.channels(config.dataset), config.res, config.res)
 
 
 def draw(x, config, columns=None):
     """Samples as one PIL image: a grid, or for points a scatter plot."""
     if config.dataset in data.POINTS:
-        return data.scatter(x.cpu().numpy())
+        return data.scatter(data.dig(x).cpu().numpy())
     return data.grid(data.to_uint8(x), columns)
 
 
@@ -109,6 +109,8 @@ def main(argv=None):
     if config.drop == 0 and checkpoint["label_names"] and (rows is None or args.guidance != 1):
         data.fail("with --drop 0 no label was ever hidden in training, so this network must be given a --label, and "
                   "no --guidance, which compares with hidden ones")
+    if (args.bpd or args.sweep) and config.dim > 2:
+        data.fail("--bpd and --sweep are for points in their own plane, --dim 2")
     if args.bpd:
         return likelihood(net, config, checkpoint, args.bpd, args.steps, args.seed, device, args.batch)
     if args.paths:
@@ -264,7 +266,7 @@ def read_or_fail(file, read, *sizes):
 def write_paths(net, config, to, device, args):
     """For points, three pictures side by side: pairs of noise and data as training draws them, the learnt velocities
     at t = 0.5, and the paths from noise to samples."""
-    if config.dataset not in data.POINTS:
+    if config.dataset not in data.POINTS or config.dim > 2:
         data.fail("--paths draws the flow of points in the plane: python train.py --data moons")
     if to.suffix != ".png":
         data.fail(f"--paths writes a .png, not {to}")
@@ -509,7 +511,7 @@ def read_checkpoint(file):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         checkpoint["network"] = model.build(**checkpoint["net"])
         checkpoint["network"].load_state_dict(checkpoint["ema"])
-        fields = {RENAMED.get(name, name): value for name, value in checkpoint["config"].items()}
+        fields = {"dim": 2, **{RENAMED.get(name, name): value for name, value in checkpoint["config"].items()}}
         checkpoint["config"] = SimpleNamespace(**fields)
         checkpoint.setdefault("multi_hot", fields["dataset"] in ("faces", "celeba"))
         checkpoint.setdefault("content", None)  # older ones do not say

@@ -47,6 +47,7 @@ class Config:
     dataset: str = flag("faces", "faces, celeba, mnist, fashion, cifar10, moons, 8gaussians, checkerboard, spirals, or "
                                  "the path of a folder or zip of pictures", name="--data")
     res: int = flag(32, "pixels a side; pictures are cropped to the centre square and resized", low=8, high=10**4)
+    dim: int = flag(2, "for points: the plane that they are in lies in a space of so many dimensions", low=2, high=4096)
     root: str = flag("data", "where datasets are looked for, and packed arrays kept (in cache/)")
     flip: bool = flag(True, "mirror half of the pictures, at random")
     cond: str = flag("", "labels to learn: all, or some attributes by name (Smiling,Male); by default none")
@@ -112,7 +113,9 @@ def draw_batch(config, images, labels, step, rank, world, device):
     indices = training[data.batch_indices(len(training), config.batch, step, config.seed)]
     mine = indices[rank * n : (rank + 1) * n]
     x, y = data.to_tensor(images[mine], device), data.send(labels[mine], device)
-    if config.flip and x.dim() == 4:
+    if x.dim() == 2:
+        x = data.bury(x, config.dim)
+    elif config.flip:
         coin = torch.rand(n, 1, 1, 1, generator=g, device=device)
         x = torch.where(coin < 0.5, x, x.flip(3))
     e = torch.randn(x.shape, generator=g, device=device)
@@ -235,7 +238,7 @@ def build_networks(config, checkpoint, label_count, device, world):
 def network_sizes(config, label_count):
     """What `model.build` needs: the fields of Config that the chosen network has."""
     if config.network == "mlp":
-        return dict(kind="mlp", width=config.width, depth=config.depth)
+        return dict(kind="mlp", dim=config.dim, width=config.width, depth=config.depth)
     sizes = dict(kind=config.network, res=config.res, channels=data.channels(config.dataset), width=config.width,
                  depth=config.depth, heads=config.heads, attention=config.attention, labels=label_count)
     if config.network == "transformer":
@@ -338,6 +341,8 @@ def held_out(net, config, images, labels, device):
     n = 1000 if config.dataset in data.POINTS else HELD_OUT_PICTURES
     chosen = np.resize(data.split(len(images))[1], n)  # repeats a small dataset's samples
     x = data.to_tensor(images[chosen], device)
+    if x.dim() == 2:
+        x = data.bury(x, config.dim)
     y = data.send(labels[chosen], device)
     g = torch.Generator().manual_seed(data.seed_from(0, data.HELD_OUT, 1))
     e = torch.randn(x.shape, generator=g).to(device)
@@ -418,10 +423,10 @@ def wasserstein(ema, config, device):
     """{Euler steps: W2}; 0 stands for data against data."""
     fresh = data.points(config.dataset, 2048, data.seed_from(1, data.HELD_OUT, 0))
     clouds = {0: data.points(config.dataset, 2048, data.seed_from(1, data.HELD_OUT, 1))}
-    e = sample.noise(range(2048), (2,), seed=1).to(device)
+    e = sample.noise(range(2048), sample.shape_of(config), seed=1).to(device)
     for steps in (1, 2, 4, 10, 100):
         x, _ = sample.generate(ema, config, e, steps)
-        clouds[steps] = x.cpu()
+        clouds[steps] = data.dig(x).cpu()
     with ThreadPoolExecutor() as pool:  # scipy's assignment releases the GIL
         distances = pool.map(fm.w2, [fresh] * len(clouds), clouds.values())
     return dict(zip(clouds, distances))
@@ -551,6 +556,8 @@ def check(config, given):
     if (config.network == "mlp") != (config.dataset in data.POINTS):
         data.fail(f"--network {config.network} --data {config.dataset}: mlp is for points, transformer and unet are "
                   f"for pictures")
+    if config.dim > 2 and config.network != "mlp":
+        data.fail(f"--dim {config.dim} is for points: --data moons")
     sizes = network_sizes(config, label_count=0)
     for field in ("patch", "stride", "width", "depth", "heads", "norm", "attention"):
         if field in given and field not in sizes:
@@ -566,7 +573,7 @@ def check(config, given):
 
 
 # If any of these changed, a checkpoint's weights or optimizers would not fit, or mean something else.
-FIXED = ("preset", "dataset", "res", "predict", "path", "network", "patch", "stride", "width", "depth", "heads", "norm",
+FIXED = ("preset", "dataset", "res", "dim", "predict", "path", "network", "patch", "stride", "width", "depth", "heads", "norm",
          "optimizer", "cond")
 
 
