@@ -30,6 +30,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -39,7 +40,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps
 
 # ---------------------------------------------------------------------------------------------------------------
 # Batches. Which samples a step gets is a function of (seed, step), so a resumed run needs no generator state.
@@ -115,9 +116,12 @@ def load(name, root="data", res=32):
     if name in POINTS:
         return points(name, POINTS_DRAWN, seed=0).numpy(), np.zeros(POINTS_DRAWN, np.int64), [], name
     source, files, label_names, n, samples = find_dataset(name, Path(root), res)
-    # The pack's name holds a hash of the files' names, sizes and dates and of the code that reads them, so that it is
-    # packed again when one of them changes. It ignores their folder, so a dataset may move.
-    identity = [(file, path.stat().st_size, path.stat().st_mtime_ns) for file, path in files.items()]
+    # The pack's name holds a hash of the files' paths, sizes and dates and of the code that reads them, so that it is
+    # packed again when one of them changes.
+    identity = [os.path.realpath(source)]
+    for file, path in files.items():
+        about = path.stat()
+        identity.append((file, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
     code = [inspect.getsource(function) for function in READING]
     key = hashlib.sha256(repr((identity, n, res, code)).encode(errors="surrogateescape")).hexdigest()[:12]
     pack = Path(root, "cache", f"{short_name(name)}-{res}-{key}.images")
@@ -127,10 +131,13 @@ def load(name, root="data", res=32):
         size = f", {n * res**2 * channels(name) / 1e6:,.0f} MB," if n else ""
         print(f"packing {name} at {res}x{res}{size} into {pack}", flush=True)
         write_pack(pack, source, samples, n, label_names)
-    images = np.memmap(pack, mode="r").reshape(-1, res, res, channels(name))
-    with np.load(pack.with_suffix(".npz")) as beside:
-        labels, skipped, digest = beside["labels"], int(beside["skipped"]), str(beside["digest"])
-        label_names = beside["label_names"].tolist()
+    try:
+        with np.load(pack.with_suffix(".npz")) as beside:
+            labels, skipped, digest = beside["labels"], int(beside["skipped"]), str(beside["digest"])
+            label_names = beside["label_names"].tolist()
+        images = np.memmap(pack, mode="r").reshape(len(labels), res, res, channels(name))
+    except Exception as error:  # cut short, or one of the two deleted
+        fail(f"{pack} is damaged ({error}). Delete it, and it will be packed anew: rm -- {all_of(pack)}")
     if skipped:
         print(f"{skipped:,} pictures could not be read; {pack.with_suffix('.skipped.txt')} says why")
     report_old_packs(pack, source)
@@ -165,7 +172,7 @@ def find_dataset(name, root, res):
         files[attributes.name] = attributes
         label_names, labels = celeba_attributes(attributes, pictures)
     else:
-        classes = find_classes(pictures, {file: read(file) for file in tables})
+        classes = find_classes(pictures, tables, read)
         label_names = sorted(set(classes.values()))
         numbers = {label: i for i, label in enumerate(label_names)}
         pictures.sort(key=lambda picture: picture not in classes)  # those without a class come last
@@ -183,7 +190,7 @@ def usual_res(name):
 
 def short_name(name):
     """pets for ../pets.zip."""
-    return Path(name).resolve().name.removesuffix(".zip")
+    return Path(os.path.realpath(name)).name.removesuffix(".zip")
 
 
 def run_folder(name, res):
@@ -437,11 +444,14 @@ def list_files(place):
     if place.is_dir():
         names = [path.relative_to(place).as_posix() for path in walk(place)]
         return sorted(names), lambda name: (place / name).read_bytes()
-    if not zipfile.is_zipfile(place):
+    if not place.is_file():
         return [], None
-    archive, entries = zipfile.ZipFile(place), {}
+    try:
+        archive, entries = zipfile.ZipFile(place), {}
+    except Exception as error:  # among others BadZipFile, NotImplementedError and UnicodeDecodeError
+        fail(f"{place} is no folder, and no zip that can be read ({error})")
     for entry in archive.infolist():
-        name = entry.filename.replace("\\", "/")  # a zip from Windows may have backslashes
+        name = entry.filename.replace("\\", "/").lstrip("/")  # a zip from Windows may have backslashes
         path = PurePosixPath(name)  # without "./"
         if name.endswith("/") or any(is_hidden(part) for part in path.parts):
             continue
@@ -453,7 +463,7 @@ def list_files(place):
 
 def walk(folder, above=()):
     """The files below a folder. Links are followed, unless they lead back to a folder that they are in."""
-    real = folder.resolve()
+    real = os.path.realpath(folder)
     if real in above:
         print(f"left out: {folder}, a link to a folder that holds it")
         return
@@ -487,34 +497,38 @@ def pick_pictures(place, names):
     if others:
         print("left out:", ", ".join(f"{count:,} {ending}" for ending, count in others.most_common()))
     if not pictures:
-        fail(f"no pictures in {place}: looked for a folder, or a whole zip, with .jpg, .png or any of Pillow's "
-             f"{len(endings)} formats in it. Other data by name: {', '.join(NAMES)}")
+        fail(f"no pictures in {place}: looked for a folder or zip with .jpg, .png or another of Pillow's formats in it "
+             f"(if it has moved: --data and its new place). Other data by name: {', '.join(NAMES)}")
     return pictures
 
 
 TABLES = ("dataset.json", "metadata.csv", "metadata.jsonl")
 
 
-def find_classes(pictures, tables):
-    """{picture: class}, without the pictures that have none. Classes are the sub-folders, unless one of the tables,
-    {file: content}, names them."""
+def find_classes(pictures, tables, read):
+    """{picture: class}, without the pictures that have none. Classes are the sub-folders, unless one of the tables
+    names them."""
     folders = [PurePosixPath(picture).parent for picture in pictures]
     top = PurePosixPath(posixpath.commonpath(folders))  # in a zip of the folder pets, say, this is pets
     origin, classes = "sub-folders", {}
     for picture, folder in zip(pictures, folders):
         if folder != top:
             classes[picture] = str(folder.relative_to(top))
-    for file, content in tables.items():
+    for file in tables:
         try:
             if not top.is_relative_to(PurePosixPath(file).parent):
                 raise ValueError("it does not lie above all pictures")
-            by_name = read_table(file, content.decode("utf-8-sig"))
+            by_name = read_table(file, read(file).decode("utf-8-sig"))
             matching = {picture: by_name[picture] for picture in pictures if picture in by_name}
             if by_name and not matching:
                 raise ValueError("no picture has one of the names in it")
+            if origin != "sub-folders":
+                raise ValueError(f"{origin} does so already")
             origin, classes = file, matching
         except Exception as error:  # tables of other forms fail in many ways
             print(f"{file} was seen and ignored, it does not name the pictures' classes: {error!r:.80}")
+    if origin != "sub-folders" and not classes:
+        print(f"{origin} says that there are no classes")
     if classes:
         labels = sorted(set(classes.values()))
         print(f"{len(labels)} classes from {origin}: {', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''}")
@@ -527,16 +541,23 @@ def read_table(file, text):
     """{picture: class} from a table. dataset.json (StyleGAN, EDM) has pairs of picture and label, or null, under
     "labels"; metadata.csv and metadata.jsonl (Hugging Face) have rows with a file_name and a label."""
     if file.endswith(".json"):
-        pairs = json.loads(text)["labels"] or []
-    else:
-        rows = csv.DictReader(io.StringIO(text)) if file.endswith(".csv") else map(json.loads, text.splitlines())
+        pairs = json.loads(text)["labels"]
+        if pairs is None:
+            return {}
+    elif file.endswith(".jsonl"):
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         pairs = [(row["file_name"], row["label"]) for row in rows]
+    else:
+        pairs = [(row["file_name"], row["label"]) for row in csv.DictReader(io.StringIO(text))]
+    if not pairs:
+        raise ValueError("it is empty")
     classes = {}
     for picture, label in pairs:
-        if not isinstance(label, str | int | None):
-            raise TypeError(f"{label} is no class")
+        name = str(PurePosixPath(file).parent / picture)
+        if not isinstance(label, str | int | None) or name in classes:
+            raise ValueError(f"{picture} has several labels, or one that is no class")
         if label not in (None, ""):
-            classes[str(PurePosixPath(file).parent / picture)] = str(label)
+            classes[name] = str(label)
     return classes
 
 
@@ -606,7 +627,7 @@ def decode(content, res):
     with contextlib.suppress(Exception):  # so may the metadata
         turn = TURNS.get(im.getexif().get(ExifTags.Base.Orientation))
     if im.has_transparency_data:
-        alpha = im.convert("RGBA").getchannel("A")
+        alpha = opacity(im, content)
         if alpha.getextrema()[0] == 255:
             alpha = None
 
@@ -637,16 +658,33 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
 
 
 def bare_png(content):
-    """A PNG with nothing but its pixels, in case the damage is elsewhere; other files as they are."""
+    """A PNG with nothing but its pixels and their colours and orientation, in case the damage is elsewhere; other files
+    as they are."""
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
         return content
     kept, at = content[:8], 8
     while at < len(content):
         end = at + 12 + int.from_bytes(content[at : at + 4], "big")  # length, name, data, checksum
-        if content[at + 4 : at + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT"):
+        kind, checksum = content[at + 4 : at + 8], content[end - 4 : end]
+        sound = zlib.crc32(content[at + 4 : end - 4]).to_bytes(4, "big") == checksum
+        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT") or sound and kind in (b"iCCP", b"eXIf"):
             kept += content[at:end]
         at = end
     return kept + b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def opacity(im, content):
+    """The alpha of a picture as an L image: 255 where it is opaque, 0 where it is transparent."""
+    colour = im.info.get("transparency")
+    deep = im.format == "PNG" and content[24] == 16  # bits per sample
+    if not deep or colour is None:
+        return im.convert("RGBA").getchannel("A")
+    # PNG can make one colour transparent. Pillow compares its 16 bits with pixels of 8.
+    if im.mode == "RGB":
+        differs = (np.asarray(im) != np.array(colour) >> 8).any(axis=2)
+    else:
+        differs = np.asarray(im) != colour
+    return Image.fromarray(np.uint8(255) * differs)
 
 
 def eight_bits(im):
@@ -671,16 +709,20 @@ def to_srgb(profile, mode):
         return None
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(profile):
-            return None
-        return ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
         return None
+    if mode != "CMYK":  # is it sRGB already, up to rounding?
+        before = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).convert(mode)
+        after = ImageCms.applyTransform(before, transform)
+        if max(high for _, high in ImageChops.difference(before.convert("RGB"), after).getextrema()) <= 2:
+            return None
+    return transform
 
 
 # A change of these functions, too, means packing again.
-READING = (list_files, is_hidden, pick_pictures, find_classes, read_table, read_picture, decode, bare_png, eight_bits,
-           to_srgb)
+READING = (list_files, is_hidden, pick_pictures, find_classes, read_table, read_picture, decode, bare_png, opacity,
+           eight_bits, to_srgb)
 
 
 def find_celeba(root):
@@ -836,7 +878,7 @@ def write_pack(pack, source, samples, n, label_names):
             fail(f"none of the {n:,} pictures could be read")
         labels, label_names = drop_empty_classes(np.array(labels, np.int64), label_names)
         np.savez(part.with_suffix(".npz"), labels=labels, label_names=np.array(label_names, str), skipped=len(skipped),
-                 digest=digest.hexdigest(), source=str(source.resolve()))
+                 digest=digest.hexdigest(), source=os.path.realpath(source))
         part.with_suffix(".skipped.txt").write_text("\n".join(skipped), errors="backslashreplace")
         for ending in (".skipped.txt", ".npz", ".images"):  # the pictures last: a pack that exists is complete
             part.with_suffix(ending).replace(pack.with_suffix(ending))
@@ -859,27 +901,24 @@ def report_old_packs(pack, source):
     """Says which packs beside this one are of data that has gone or changed; deleting them is for the user."""
     old, size = [], 0
     for other in pack.parent.glob("*.images"):
-        origin = ""  # packs of earlier versions do not say where they are from
-        if other.with_suffix(".npz").exists():
+        try:
             with np.load(other.with_suffix(".npz")) as beside:
                 origin = str(beside["source"])
+        except Exception:  # of an earlier version, or damaged
+            origin = ""
         same_kind = other.name.rpartition("-")[0] == pack.name.rpartition("-")[0]
-        same_data = same_kind and origin == str(source.resolve())
+        same_data = same_kind and origin == os.path.realpath(source)
         if other != pack and (same_data or not os.path.exists(origin)):
-            old.append(shlex.quote(str(other.with_suffix(""))) + ".*")
+            old.append(all_of(other))
             size += other.stat().st_size
     if old:
-        print(f"packs of data that is gone from here or has changed, {size / 1e6:,.1f} MB; to delete them: rm "
+        print(f"packs of data that is gone from here or has changed, {size / 1e6:,.1f} MB; to delete them: rm -- "
               f"{' '.join(old)}")
 
 
-def report_packing(done, n, seconds):
-    rate = done / seconds
-    if n is None:
-        print(f"  {done:,} pictures  {rate:,.0f} pictures/s", flush=True)
-    else:
-        left = timedelta(seconds=round((n - done) / rate))
-        print(f"  {done:,} of {n:,}  {rate:,.0f} pictures/s  ETA {left}", flush=True)
+def all_of(pack):
+    """A pack and what belongs to it, for the command line."""
+    return shlex.quote(str(pack.with_suffix(""))) + ".*"
 
 
 # ---------------------------------------------------------------------------------------------------------------

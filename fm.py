@@ -376,9 +376,9 @@ def log_likelihood(v, x, ts, solver="rk4", probe=None):
 
         d log p(z_t) / dt = - trace(dv/dz)        so log p(x) = log N(e; 0, 1) - integral of the trace over [0, 1]
 
-    ts: times from data (1, or a little before) down to noise (0). probe: random signs shaped as x, the same for the whole solve, for
-    Hutchinson's unbiased estimate of the trace, probe^T (dv/dz) probe (Grathwohl et al. 2018, arXiv 1810.01367). None:
-    the exact trace, a sum over all d unit vectors, in d backward passes per evaluation.
+    ts: times from data (1, or a little before) down to noise (0). probe: random signs shaped as x, the same for the
+    whole solve, for Hutchinson's unbiased estimate of the trace, probe^T (dv/dz) probe (Grathwohl et al. 2018, arXiv
+    1810.01367). None: the exact trace, a sum over all d unit vectors, in d backward passes per evaluation.
     """
     d = x[0].numel()
     if probe is None:

@@ -25,18 +25,19 @@ import model
 # From noise to pictures
 
 
-def generate(net, config, z, steps, solver="euler", y=None, guidance=1.0, interval=(0.1, 1.0), shift=1.0, tol=1e-4,
+def generate(net, config, z, steps, solver="euler", y=None, guidance=1.0, interval=(0.1, 1.0), shift=None, tol=1e-4,
              start=0.0, inpaint=None, churn=0.0, new_noise=None, states=None):
     """Follows the flow from z, at time `start` (0: noise), to samples, float32, shaped as z. Returns (samples, NFE).
 
-    config: a run's, of which it reads predict, path and bf16. y: labels, or None. inpaint: (picture, hole), to fill the
-    hole in the picture, see `fm.inpaint`. churn: see `fm.solve_with_churn`. new_noise: a function, for these two. states:
-    a list that receives the state after each step.
+    config: a run's, of which it reads predict, path, bf16 and how its times were drawn. y: labels, or None. shift: of
+    the times, see `usual_shift` for None. inpaint: (picture, hole), to fill the hole in the picture, see `fm.inpaint`.
+    churn: see `fm.solve_with_churn`. new_noise: a function, for these two. states: a list that receives the state after
+    each step.
     """
     y_null = None if y is None else model.hide(y, torch.ones(len(y), dtype=bool, device=y.device))
     path = fm.PATHS[config.path]
     v = fm.velocity(net, config.predict, path, y, y_null, guidance, interval)
-    ts = [start + (1 - start) * t for t in fm.time_grid(steps, shift)]
+    ts = [start + (1 - start) * t for t in fm.time_grid(steps, shift or usual_shift(config))]
     if solver == "dopri5" and states is None and new_noise is None:
         ts = [start, 1.0]  # it chooses its own steps; only a GIF or new noise on the way needs the states between
     end_euler = config.predict == "x"
@@ -47,6 +48,12 @@ def generate(net, config, z, steps, solver="euler", y=None, guidance=1.0, interv
         if churn:
             return fm.solve_with_churn(v, z, ts, churn, new_noise, path, solver, end_euler, states, tol)
         return fm.solve(v, z, ts, solver, end_euler, states, tol)
+
+
+def usual_shift(config):
+    """The shift that makes steps small where training drew many times. Large pictures are trained at noisy times, and
+    the network has hardly seen the others: so it should be asked there seldom, and finish in one long step."""
+    return math.exp(-config.t_mean) if config.times == "logit-normal" else 1.0
 
 
 def noise(indices, shape, seed):
@@ -81,7 +88,7 @@ def draw(x, config, columns=None):
 def write(x, states, config, to, columns=None):
     """Writes x to the file or folder `to`, in the format that its ending says. states: those of the whole flow, for a
     GIF. If it fails midway, an older file stays whole; a folder may then hold both old and new pictures."""
-    part = to.parent / f"part-{to.name}"
+    part = to.parent / f".part-{to.name}"
     if to.suffix == ".png":
         draw(x, config, columns).save(part)
     elif to.suffix == ".gif":
@@ -99,7 +106,7 @@ def write(x, states, config, to, columns=None):
 def main(argv=None):
     args = parse_flags(argv)
     device = pick_device(args.device)
-    file = args.folder if args.folder.suffix == ".pt" else args.folder / "ckpt.pt"
+    file = args.folder / "ckpt.pt" if args.folder.is_dir() or not args.folder.suffix else args.folder
     checkpoint = read_checkpoint(file)
     net, config = checkpoint["network"].to(device).eval().requires_grad_(False), checkpoint["config"]
     to = args.to or file.parent / "samples.png"
@@ -107,8 +114,8 @@ def main(argv=None):
         torch.set_num_threads(1)  # layers of microseconds are slower when threads share them
     rows = parse_label(args.label, checkpoint)
     if config.drop == 0 and checkpoint["label_names"] and (rows is None or args.guidance != 1):
-        data.fail("with --drop 0 no label was ever hidden in training, so this network must be given a --label, and "
-                  "no --guidance, which compares with hidden ones")
+        data.fail("with --drop 0 no label was ever hidden in training: this network needs a --label, and cannot do "
+                  "--guidance or --bpd")
     if (args.bpd or args.sweep) and config.dim > 2:
         data.fail("--bpd and --sweep are for points in their own plane, --dim 2")
     if args.bpd:
@@ -126,6 +133,9 @@ def main(argv=None):
     if args.sweep:
         return sweep(net, config, z, y, args.batch)
     check_output(to, config, 3 if args.invert else n * (args.interpolate or 1))
+    for source in (args.source, args.inpaint, args.mask, args.invert):
+        if source and Path(source).resolve() in (to.resolve(), to.resolve() / Path(source).name):
+            data.fail(f"--to {to} would write over {source}, or beside it: name another place")
     if args.invert:
         if rows is not None and len(rows) > 1:
             data.fail("--invert takes a single --label, the picture's own")
@@ -289,15 +299,15 @@ def write_paths(net, config, to, device, args):
     for lines, title in ((pairs, "optimal-transport pairs" if config.ot else "random pairs"),
                          (arrows, "learnt velocity at t = 0.5"), (paths, "paths from noise to samples")):
         panels.append(np.asarray(data.trails(lines.cpu().numpy(), title)))
-    part = to.parent / f"part-{to.name}"
+    part = to.parent / f".part-{to.name}"
     data.grid(np.stack(panels), columns=3).save(part)
     part.replace(to)
     print(f"wrote {to}")
 
 
 def likelihood(net, config, checkpoint, n, steps, seed, device, batch):
-    """Prints bits per dimension (pictures, see `fm.bits_per_dimension`) or nats (points) of n held-out samples, with the
-    standard error."""
+    """Prints bits per dimension (pictures, see `fm.bits_per_dimension`) or nats (points) of n held-out samples, with
+    the standard error."""
     images, _, _, _ = load_data(config, checkpoint)
     training, held_out = data.split(len(images))
     x = data.to_tensor(images[held_out[:n]], torch.device("cpu"))
@@ -383,8 +393,8 @@ def parse_flags(argv):
     parser.add_argument("--seed", type=seed, default=0, help="the noise of sample i depends on (seed, i) only")
     parser.add_argument("--tol", type=data.number(float, 1e-6, 1), default=1e-4,
                         help="error that dopri5 allows itself per step")
-    parser.add_argument("--shift", type=data.number(float, 1e-3, 1e3), default=1.0,
-                        help="more than 1: smaller steps near the noise")
+    parser.add_argument("--shift", type=data.number(float, 1e-3, 1e3),
+                        help="more than 1: smaller steps near the noise (default: where training drew most times)")
     parser.add_argument("--label", help="classes or attributes by name or number: a or a,b; or all, a row for each")
     parser.add_argument("--guidance", type=data.number(float, 0, 100), default=1.0,
                         help="how strongly the label pulls; 1: as learnt")
@@ -469,7 +479,7 @@ def parse_label(text, checkpoint):
     elif text == "all" and names:
         words = names
     else:
-        words = [word.strip() for word in text.split(",")]
+        words = [word if word in numbers else word.strip() for word in text.split(",")]
     for word in words:
         if word not in numbers:
             learnt = ", ".join(names) or "no labels; train with --cond all"

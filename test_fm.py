@@ -843,7 +843,7 @@ CAT_DOG, A_B = {"cat/a.png": 0, "dog/b.png": 1}, {"a.png": 0, "b.png": 1}
     # StyleGAN's and EDM's table, where folders are only shards; or something else of its name
     ({"0/a.png": 0, "0/b.png": 1, "1/c.png": 2, "dataset.json": STYLEGAN}, ["1", "3"], [1, 0, 1], "from dataset.json"),
     ({"x/0/a.png": 0, "x/0/b.png": 1, "x/dataset.json": STYLEGAN}, ["1", "3"], [1, 0], "from x/dataset.json"),
-    ({"0/a.png": 0, "1/b.png": 1, "dataset.json": b'{"labels": null}'}, [], [-1, -1], ""),
+    ({"0/a.png": 0, "1/b.png": 1, "dataset.json": b'{"labels": null}'}, [], [-1, -1], "says that there are no classes"),
     ({**CAT_DOG, "dataset.json": b'{"name": "pets"}'}, ["cat", "dog"], [0, 1], "dataset.json was seen and ignored"),
     ({**CAT_DOG, "dataset.json": b"no JSON"}, ["cat", "dog"], [0, 1], "dataset.json was seen and ignored"),
     # Hugging Face's tables
@@ -851,6 +851,10 @@ CAT_DOG, A_B = {"cat/a.png": 0, "dog/b.png": 1}, {"a.png": 0, "b.png": 1}
     ({**A_B, "metadata.jsonl": JSONL}, ["cat", "dog"], [1, 0], "from metadata.jsonl"),
     ({**A_B, "metadata.csv": b"file_name,text\na.png,a dog\n"}, [], [-1, -1], "metadata.csv was seen and ignored"),
     ({**CAT_DOG, "metadata.csv": CSV}, ["cat", "dog"], [0, 1], "no picture has one of the names"),
+    ({**CAT_DOG, "metadata.csv": b"file_name,label\n"}, ["cat", "dog"], [0, 1], "it is empty"),
+    ({**A_B, "metadata.csv": CSV, "dataset.json": STYLEGAN}, ["cat", "dog"], [1, 0], "from metadata.csv"),
+    ({**A_B, "metadata.csv": CSV, "metadata.jsonl": JSONL}, ["cat", "dog"], [1, 0], "metadata.csv does so already"),
+    ({**A_B, "metadata.csv": CSV + b"a.png,cow\n"}, [], [-1, -1], "a.png has several labels"),
     ({**CAT_DOG, "cat/metadata.csv": CSV}, ["cat", "dog"], [0, 1], "does not lie above all pictures"),
 ])
 def test_classes_are_sub_folders_or_what_a_table_says(files, names, labels, words, zipped, capsys):
@@ -877,11 +881,27 @@ def test_a_dataset_is_one_however_its_path_is_spelt_and_wherever_it_lies(capsys)
     for name in ("pets/", "./pets", "../" + Path.cwd().name + "/pets", str(Path("pets").absolute())):
         assert not packs(capsys, name) and data.run_folder(name, 16) == Path("out/pets-16")
     shutil.move("pets", "there/pets")
-    assert not packs(capsys, "there/pets")
-    os.utime("there/pets/cat/a.png", (0, 0))
     assert packs(capsys, "there/pets") and data.load("there/pets", "data", 16)[3] == digest
+    date = os.stat("there/pets/cat/a.png").st_mtime_ns
     Path("there/pets/cat/a.png").write_bytes(PICTURE(9))
+    os.utime("there/pets/cat/a.png", ns=(date, date))  # as in archives whose files all have the same date
     assert data.load("there/pets", "data", 16)[3] != digest
+
+
+@parametrize("damage", ["one picture short", "empty", "no labels"])
+def test_a_damaged_pack_is_refused_with_a_command_that_helps(damage, capsys):
+    make_pictures(Path("pets"), 3)
+    data.load("pets", "data", 16)
+    (pack,) = Path("data/cache").glob("*.images")
+    if damage == "no labels":
+        pack.with_suffix(".npz").unlink()
+    else:
+        os.truncate(pack, pack.stat().st_size - 16 * 16 * 3 if damage == "one picture short" else 0)
+    line = refused(capsys, lambda: data.load("pets", "data", 16), "damaged", "rm -- ")
+    make_pictures(Path("cats"), 3)
+    assert len(data.load("cats", "data", 16)[0]) == 3
+    subprocess.run(line.split("anew: ")[1], shell=True, check=True)
+    assert len(data.load("pets", "data", 16)[0]) == 3
 
 
 def test_a_folder_called_like_a_dataset_is_not_shadowed_silently(capsys):
@@ -1030,6 +1050,10 @@ def swapped_profile():
     return bytes(profile)
 
 
+# sRGB's profile with all its curves straight, and still called sRGB, as some programs do.
+LINEAR = re.sub(rb"para.{12}", lambda curve: b"para" + bytes(8) + struct.pack(">i", 65536), SRGB, flags=re.DOTALL)
+
+
 def grey_ink_profile():
     """A CMYK profile under which magenta looks middle grey, L = 50 (in sRGB, 119), and cyan and yellow do not show:
     header, table of tags, and a table with two nodes for each ink."""
@@ -1080,11 +1104,13 @@ CORPUS = {
     "clear.gif": (encoded(halves(0, 1, "P"), "GIF", transparency=0), WHITE, None, "transparency turned white"),
     # 16 bits and others
     "deep-grey.png": (png(0, 16, (0,), (32896,)), BLACK, GREY, ""),
-    "deep-grey-colour.png": (png(0, 16, (10,), (32896,), tRNS=b"\0\12"), WHITE, GREY, "transparency turned white"),
+    "deep-grey-colour.png": (png(0, 16, (300,), (32896,), tRNS=struct.pack(">H", 300)), WHITE, GREY,
+                             "transparency turned white"),
+    "deep-grey-opaque.png": (png(0, 16, (1028,), (32896,), tRNS=b"\xff\xff"), (4,) * 3, GREY, ""),
     "deep-grey-alpha.png": (png(4, 16, (32896, 65535), (0, 0)), GREY, WHITE, "transparency turned white"),
     "deep-rgb.png": (png(2, 16, (65535, 0, 0), (0, 0, 32896)), RED, (0, 0, 128), ""),
-    "deep-rgb-colour.png": (png(2, 16, (65535, 0, 0), (0, 0, 32896), tRNS=struct.pack(">3H", 0, 0, 32896)), RED, WHITE,
-                            "transparency turned white"),
+    "deep-rgb-colour.png": (png(2, 16, (4736, 0, 0), (32786, 0, 0), tRNS=struct.pack(">3H", 32786, 0, 0)), (18, 0, 0),
+                            WHITE, "transparency turned white"),
     "deep-rgba.png": (png(6, 16, (65535, 0, 0, 65535), (0, 0, 0, 0)), RED, WHITE, "transparency turned white"),
     "deep-dark.png": (png(0, 16, (0,), (4095,)), BLACK, (16,) * 3, ""),
     "deep-night.png": (png(0, 16, (0,), (2570,)), BLACK, (10,) * 3, "nearly black"),
@@ -1096,6 +1122,9 @@ CORPUS = {
     "floats.tif": (tiff(32, 0, 1, sample_format=3), None, None, "no agreed black and white"),
     # colours
     "profile.png": (encoded(red_blue, "PNG", icc_profile=swapped_profile()), GREEN, BLUE, "colours converted to sRGB"),
+    "linear.png": (encoded(halves(GREY, WHITE), "PNG", icc_profile=LINEAR), (188,) * 3, WHITE, "converted to sRGB"),
+    "profile-and-bad-text.png": (png(2, 8, RED, BLUE, iCCP=b"a\0\0" + zlib.compress(swapped_profile()), tEXt_=b"a\0b"),
+                                 GREEN, BLUE, "colours converted to sRGB"),
     "srgb.png": (encoded(red_blue, "PNG", icc_profile=SRGB), RED, BLUE, ""),
     "broken-profile.png": (encoded(red_blue, "PNG", icc_profile=b"no profile"), RED, BLUE, ""),
     "other-profile.png": (encoded(halves(0, 128, "L"), "PNG", icc_profile=swapped_profile()), BLACK, GREY, ""),
@@ -1478,7 +1507,7 @@ def test_failures_that_are_no_mistake_of_the_program_end_it_in_a_line(capsys):
     zip_folder(Path("pets"), Path("pets.zip"))
     Path("pets.zip").write_bytes(Path("pets.zip").read_bytes().replace(b"PK\1\2", b"PK\7\7"))
     damaged_zip = ["--data", "pets.zip"]
-    refused(capsys, lambda: data.run(lambda: data.main(damaged_zip)), "directory", status=1)
+    refused(capsys, lambda: data.run(lambda: data.main(damaged_zip)), "pets.zip", "no zip that can be read", "directory")
     refused(capsys, lambda: data.run(lambda: torch.empty(2**50)), "; a smaller --batch needs less", status=1)
     with pytest.raises(RuntimeError):  # but this is a mistake of the program
         data.run(torch.nn.Module())
@@ -2308,8 +2337,8 @@ def test_likelihood_under_a_flow_that_moves_nothing_is_that_of_the_noise(capsys)
 
 
 def test_bits_per_dimension_of_gaussian_pictures_are_their_entropy_in_grey_levels(capsys):
-    """Pixels with a standard deviation of two grey levels, and a perfect network for them. Rounding them to bytes adds a
-    variance of 1/12. One level is 1 / 127.5 wide."""
+    """Pixels with a standard deviation of two grey levels, and a perfect network for them. Rounding them to bytes adds
+    a variance of 1/12. One level is 1 / 127.5 wide."""
     Path("grey").mkdir()
     rng = np.random.default_rng(0)
     for i in range(40):
@@ -2418,6 +2447,10 @@ def test_a_batch_that_does_not_split_among_the_processes_is_refused(capsys, monk
     refuses(capsys, "WORLD_SIZE torchrun", train_moons, "")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
+    for rank in ("2", "-1", "x"):
+        monkeypatch.setenv("RANK", rank)
+        refuses(capsys, "RANK torchrun", train_moons, "")
+    monkeypatch.setenv("RANK", "1")
     refuses(capsys, "--batch 31 2 processes", train_moons, "--batch 31")
 
 
@@ -2505,6 +2538,8 @@ def test_resume_takes_the_same_pictures_by_another_path(name, capsys):
     ("--mask a.png", "--inpaint"),
     ("--inpaint a.png --mask black.png", "black.png no hole"),
     ("--inpaint a.png --mask text.png", "text.png"),
+    ("--from kept.png", "kept.png would write over"),
+    ("--from ./own/00000.png --to own", "would write over own/00000.png"),
     ("--inpaint a.png --mask a.png --invert a.png", "--invert not allowed with"),
 ])
 def test_sample_refuses_what_cannot_work(flags, words, pets_run, capsys):

@@ -573,8 +573,8 @@ def check(config, given):
 
 
 # If any of these changed, a checkpoint's weights or optimizers would not fit, or mean something else.
-FIXED = ("preset", "dataset", "res", "dim", "predict", "path", "network", "patch", "stride", "width", "depth", "heads", "norm",
-         "optimizer", "cond")
+FIXED = ("preset", "dataset", "res", "dim", "predict", "path", "network", "patch", "stride", "width", "depth", "heads",
+         "norm", "optimizer", "cond")
 
 
 def resume_from(given):
@@ -648,9 +648,15 @@ def set_aside(out):
 def start_processes(config):
     """(rank, world, device). torchrun starts several processes (world) and tells each its number (rank), and its
     number on its machine (local rank), through the environment. Without torchrun there is one."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        data.fail("WORLD_SIZE is set, but not all that torchrun sets: start several processes by torchrun, or unset it")
+    try:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if world > 1:
+            int(os.environ["MASTER_PORT"]), os.environ["MASTER_ADDR"]
+    except (KeyError, ValueError):
+        rank, world = 0, 0
+    if not 0 <= rank < world:
+        data.fail("RANK and WORLD_SIZE are set, but not as torchrun sets them: start several processes by torchrun, or "
+                  "type unset RANK WORLD_SIZE")
     device = sample.pick_device(config.device)
     if config.batch % world:
         data.fail(f"--batch {config.batch} does not split evenly over {world} processes")
