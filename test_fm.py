@@ -1832,9 +1832,9 @@ def test_presets_fit_every_resolution_with_several_patches_a_side(size):
 
 
 def test_a_laptop_works_on_about_100_patches_however_large_the_picture():
-    for res in (32, 64, 128, 256, 512):
+    for res in (64, 128, 256, 512):
         config = train.resolve({"res": res, "preset": "laptop"})
-        assert 64 <= ((res - config.patch) // config.stride + 1) ** 2 <= 121
+        assert (config.patch, config.stride) == (res * 5 // 32, res * 3 // 32)
 
 
 def test_larger_pictures_see_more_noise_and_on_a_laptop_more_than_the_formula_says():

@@ -508,7 +508,7 @@ def preset(name, res, size, network=None):
     # labels, unless they see more noise, which hides all but the layout. So on a laptop the same shift starts from 0
     # at 32 pixels.
     mean = fm.logit_normal_mean(res) if size == "gpu" else fm.logit_normal_mean(res) - fm.logit_normal_mean(32)
-    fields, patch = dict(t_mean=min(0.0, mean)), res // 8
+    fields, patch, overlap = dict(t_mean=min(0.0, mean)), res // 8, 0.25
     if name in data.OFFICIAL:
         network = network or "unet"
         fields.update(cond="all", flip=name != "mnist", t_mean=-0.4, steps=2000, batch=64, warmup=100, ema=0.995,
@@ -527,21 +527,23 @@ def preset(name, res, size, network=None):
         fields.update(width=384, depth=6, heads=6, lr=2e-3, steps=20_000, warmup=100, ema=0.999, report=50, preview=500)
     elif res > 32:
         fields.update(steps=1000, preview=250)
+    if size == "laptop" and res >= 64:  # 10 x 10 patches, however large the picture; they overlap much, or rims show
+        patch, overlap = round(5 / 32 * res), 0.4
     if network == "unet":
         fields.update(network="unet", width=32, depth=2, heads=4, optimizer="adamw", lr=2e-3)
     else:
-        patch, stride = fitting_patches(res, patch)
+        patch, stride = fitting_patches(res, patch, overlap)
         fields.update(patch=patch, stride=stride)
     return fields
 
 
-def fitting_patches(res, wanted):
-    """(patch, stride) that tile the picture: a patch of about the wanted size, and a stride of about three quarters of
-    it. Of two that are equally near, the larger stride, which is faster."""
+def fitting_patches(res, wanted, overlap):
+    """(patch, stride) that tile the picture: a patch of about the wanted size, of which about that part overlaps the
+    next. Of two that are equally near, the larger stride, which is faster."""
     best, least = None, None
     for patch in range(1, 2 * wanted):
         for stride in model.strides_that_fit(res, patch):
-            distance = abs(patch / wanted - 1) + abs(stride / patch - 0.75)
+            distance = abs(patch / wanted - 1) + abs(1 - stride / patch - overlap)
             if best is None or (distance, -stride) < least:
                 best, least = (patch, stride), (distance, -stride)
     return best
