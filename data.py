@@ -721,8 +721,8 @@ def to_srgb(profile, mode):
 
 
 # A change of these functions, too, means packing again.
-READING = (list_files, is_hidden, pick_pictures, find_classes, read_table, read_picture, decode, bare_png, opacity,
-           eight_bits, to_srgb)
+READING = (list_files, is_hidden, pick_pictures, find_classes, read_table, stream_files, read_picture, decode,
+           bare_png, opacity, eight_bits, to_srgb)
 
 
 def find_celeba(root):

@@ -19,7 +19,7 @@ import math
 import numpy as np
 import torch
 from scipy.integrate import RK45
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import brentq, linear_sum_assignment
 
 # Lower bound for divisors that go to 0 at one end of time. It bounds the default loss's weight 1 / (1-t)^2 at 400.
 CLAMP = 0.05
@@ -203,7 +203,8 @@ def velocity(net, predict="x", path=linear, y=None, y_null=None, guidance=1.0, i
       would go only 40% of the way to the predicted picture, and leave noise. Unclamped, the last Euler step ends at
       z + (1-t) (x_pred - z) / (1-t) = x_pred. (On the cosine path it ends near x_pred, and nearer with more steps.)
     - e-prediction: training's. Its divisor alpha is 0 at the first step. This costs a little: with a perfect
-      e-prediction, data from N(2, 0.5^2) come out with mean 1.974 and standard deviation 0.513, however fine the steps.
+      e-prediction on the straight path, data from N(2, 0.5^2) come out with mean 1.974 and standard deviation 0.513,
+      however fine the steps.
     """
     if clamp is None:
         clamp = 0.0 if predict == "x" else CLAMP
@@ -322,14 +323,16 @@ def solve_with_churn(v, z, ts, churn, new_noise, path=linear, solver="heun", end
 
         dz = v dt - churn e dt + sqrt(2 churn sigma) dB
 
-    So errors of earlier steps are partly forgotten. Each step first takes the random part, then the ODE's.
+    So errors of earlier steps are partly forgotten. Each step first takes the random part, then the ODE's. With e held
+    fixed the random part has an exact solution: it keeps a fraction of the noise and draws the rest anew.
     """
     nfe = 0
     for t, s in zip(ts, ts[1:]):
         times = torch.full((len(z),), t, dtype=z.dtype, device=z.device)
         _, sigma, _, _ = path(torch.tensor(t, dtype=z.dtype))
         e = convert(v(z, t), "v", "e", z, times, path)
-        z = z - churn * (s - t) * e + (2 * churn * sigma * (s - t)).sqrt() * new_noise()
+        keep = torch.exp(-churn * (s - t) / sigma)
+        z = z + sigma * ((keep - 1) * e + (1 - keep**2).sqrt() * new_noise())
         z, evaluations = solve(v, z, [t, s], solver, end_euler and s == ts[-1], tol=tol)
         nfe += 1 + evaluations
         if states is not None:
@@ -376,9 +379,10 @@ def log_likelihood(v, x, ts, solver="rk4", probe=None):
 
         d log p(z_t) / dt = - trace(dv/dz)        so log p(x) = log N(e; 0, 1) - integral of the trace over [0, 1]
 
-    ts: times from data (1, or a little before) down to noise (0). probe: random signs shaped as x, the same for the
-    whole solve, for Hutchinson's unbiased estimate of the trace, probe^T (dv/dz) probe (Grathwohl et al. 2018, arXiv
-    1810.01367). None: the exact trace, a sum over all d unit vectors, in d backward passes per evaluation.
+    ts: the solver's times, from data to noise; any clock will do if v is dz by this clock. probe: random signs shaped
+    as x, the same for the whole solve, for Hutchinson's unbiased estimate of the trace, probe^T (dv/dz) probe
+    (Grathwohl et al. 2018, arXiv 1810.01367). None: the exact trace, a sum over all d unit vectors, in d backward
+    passes per evaluation.
     """
     d = x[0].numel()
     if probe is None:
@@ -400,45 +404,43 @@ def log_likelihood(v, x, ts, solver="rk4", probe=None):
 
     start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
     end, nfe = solve(velocity_and_trace, start, ts, solver)
-    e, integral = end[:, :d], end[:, d]  # from 1 down to 0, so the integral has its minus sign already
+    e, integral = end[:, :d], end[:, d]  # from data to noise: this is minus the integral from noise to data
     log_normal = -(e.square().sum(1) + d * math.log(2 * math.pi)) / 2
     return log_normal + integral, nfe
 
 
-LEVELS = torch.arange(256) / 127.5 - 1  # what bytes become, see data.to_tensor
+def bits_per_dimension(v, x, e, probe, noise, steps, path=linear):
+    """An upper bound on the bits that each number of the pictures x takes, (B,), and the NFE. It is a bound on average
+    over e and probe, and up to the solver's error.
 
-
-def bits_per_dimension(v, x, e, probe, sigma, steps, path=linear):
-    """An upper bound on the bits that each number of the pictures x takes, (B,), and the NFE. x: grey levels, of 256.
-
-    A flow has a density for real numbers, but pictures are bytes. So stop at a time t just before 1, where the noise
-    sigma is much smaller than a grey level, draw z from q(z|x) = N(alpha x, sigma^2), and count what it takes to say z,
-    and then which level each number has, less the information in the draw itself (variational dequantisation, Ho et al.
-    2019, arXiv 1902.00275; with the levels as here: Kingma et al. 2021, arXiv 2107.00630):
+    A flow has a density for real numbers, but pictures are bytes: 256 grey levels. So stop at the time just before 1 at
+    which sigma is `noise`, and draw z from q(z|x) = N(alpha x, sigma^2). Count the bits of z, and then those of which
+    level each number has, less the information in the draw itself (variational dequantisation, Ho et al. 2019, arXiv
+    1902.00275; with the levels as here: Kingma et al. 2021, arXiv 2107.00630):
 
         -log P(x)  <=  mean over z of  log q(z|x) - log p(z) - log P(x|z)
 
-    e: the noise of the draw, standard normal. probe: see log_likelihood. v needs no clamp, since t is below 1. The
-    smaller sigma, the surer is the level, and the dearer an error of the network near t = 1.
+    e: the noise of the draw, standard normal. probe: see log_likelihood. v: an x-prediction needs no clamp, since t
+    stays below 1. Less noise makes the level more certain, but errors of the network near t = 1 then cost more.
     """
-    t_end = 1 - sigma if path is linear else 1 - 2 / math.pi * math.asin(sigma)
-    alpha, sigma, _, _ = path(torch.tensor(t_end))
+    t_end = brentq(lambda t: float(path(torch.tensor(t, dtype=torch.float64))[1]) - noise, 0, 1)
+    alpha, sigma, _, _ = path(torch.tensor(t_end, dtype=x.dtype))
     z = alpha * x + sigma * e
-    log_q = -(e.square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2 - x[0].numel() * sigma.log()
+    log_draw = -(e.square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2 - x[0].numel() * sigma.log()
 
     def v_u(z, u):
-        """dz/du with u = log(1 - t), since near t = 1 things happen in times of the size of 1 - t."""
+        """dz/du with the clock u = log(1 - t), since near t = 1 things happen in times of the size of 1 - t."""
         return -math.exp(u) * v(z, 1 - math.exp(u))
 
     us = np.linspace(math.log(1 - t_end), 0, steps + 1).tolist()
-    log_p, nfe = log_likelihood(v_u, z, us, "rk4", probe)
-    levels = alpha * LEVELS.to(x)
-    log_P = []
+    log_density, nfe = log_likelihood(v_u, z, us, "rk4", probe)
+    grey_levels = alpha * (torch.arange(256).to(x) / 127.5 - 1)  # as in data.to_tensor
+    log_levels = []
     for picture, noisy in zip(x, z):  # one by one, for there are 256 numbers for each number of a picture
-        fit = (-(noisy[..., None] - levels).square() / (2 * sigma**2)).log_softmax(dim=-1)
-        level = ((picture + 1) * 127.5).round().long()[..., None]
-        log_P.append(fit.gather(-1, level).sum())
-    bound = log_q - log_p - torch.stack(log_P)
+        fit = (-(noisy[..., None] - grey_levels).square() / (2 * sigma**2)).log_softmax(dim=-1)
+        true_level = ((picture + 1) * 127.5).round().long()[..., None]
+        log_levels.append(fit.gather(-1, true_level).sum())
+    bound = log_draw - log_density - torch.stack(log_levels)
     return bound / (x[0].numel() * math.log(2)), nfe
 
 

@@ -112,8 +112,8 @@ def unpatchify(patches, res, patch, stride):
     """Puts patches back. Where they overlap it takes their mean, in which a patch counts less towards its rim, so that
     one fades into the next and no edge shows.
 
-    fold adds up what overlaps: a pixel covered by four patches would come out four times as bright. So the sum is
-    divided by the normalisation mask, the fold of the weights.
+    fold adds up what overlaps, which would make it brighter. So the sum is divided by the normalisation mask, the
+    weights folded likewise.
     """
     place = torch.arange(patch, device=patches.device)
     to_rim = torch.minimum(place, patch - 1 - place)  # 0 at both ends

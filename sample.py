@@ -52,7 +52,9 @@ def generate(net, config, z, steps, solver="euler", y=None, guidance=1.0, interv
 
 def usual_shift(config):
     """The shift that makes steps small where training drew many times. Large pictures are trained at noisy times, and
-    the network has hardly seen the others: so it should be asked there seldom, and finish in one long step."""
+    the network has hardly seen the others: so it should be asked there seldom, and finish in one long step. The price:
+    that step lands on the mean of the pictures that fit, without the detail that the noise at its start still hides.
+    With more steps it is shorter."""
     return math.exp(-config.t_mean) if config.times == "logit-normal" else 1.0
 
 
@@ -130,8 +132,9 @@ def main(argv=None):
         if len(rows) > 1:
             columns = columns or each
     z = noise(range(n), shape_of(config), args.seed).to(device)
+    shift = args.shift or usual_shift(config)
     if args.sweep:
-        return sweep(net, config, z, y, args.batch)
+        return sweep(net, config, z, y, args.batch, shift)
     check_output(to, config, 3 if args.invert else n * (args.interpolate or 1))
     for source in (args.source, args.inpaint, args.mask, args.invert):
         if source and Path(source).resolve() in (to.resolve(), to.resolve() / Path(source).name):
@@ -140,7 +143,8 @@ def main(argv=None):
         if rows is not None and len(rows) > 1:
             data.fail("--invert takes a single --label, the picture's own")
         picture = read_picture(args.invert, config, device)
-        return write(*invert(net, config, picture, args.steps, y), config, to, args.columns or 3)
+        x, states = invert(net, config, picture, fm.time_grid(args.steps, shift), y)
+        return write(x, states, config, to, args.columns or 3)
     start, known = 0.0, None
     if args.interpolate:
         z = between(z, args.interpolate)
@@ -220,7 +224,7 @@ def noisy(x, e, t, config):
     return alpha * x + sigma * e
 
 
-def invert(net, config, x, steps, y):
+def invert(net, config, x, ts, y):
     """Takes a picture back to its noise and forth again, and prints the error. Returns picture, noise and
     reconstruction as one batch, and all states on the way.
 
@@ -229,7 +233,7 @@ def invert(net, config, x, steps, y):
     """
     y = None if y is None else y[:1]
     v = fm.velocity(net, config.predict, fm.PATHS[config.path], y, clamp=fm.CLAMP)
-    ts, states = fm.time_grid(steps), [x]
+    states = [x]
     e, nfe_back = fm.solve(v, x, ts[::-1], "heun", states=states)
     again, nfe_forth = fm.solve(v, e, ts, "heun", states=states)
     error = (again - x).square().mean().sqrt()
@@ -306,42 +310,40 @@ def write_paths(net, config, to, device, args):
 
 
 def likelihood(net, config, checkpoint, n, steps, seed, device, batch):
-    """Prints bits per dimension (pictures, see `fm.bits_per_dimension`) or nats (points) of n held-out samples, with
-    the standard error."""
+    """Prints bits per dimension (pictures) or nats (points) of n held-out samples, with the standard error."""
     images, _, _, _ = load_data(config, checkpoint)
     training, held_out = data.split(len(images))
     x = data.to_tensor(images[held_out[:n]], torch.device("cpu"))
-    points, path = config.dataset in data.POINTS, fm.PATHS[config.path]
-    g = torch.Generator().manual_seed(data.seed_from(seed, data.TRACE))
+    g, path = torch.Generator().manual_seed(data.seed_from(seed, data.TRACE)), fm.PATHS[config.path]
 
-    def score(part, steps, sigma):
-        if points:
-            # All the way to the data, where an x-prediction divides by 0 unless it is clamped as in training.
-            v = fm.velocity(net, config.predict, path, clamp=fm.CLAMP)
-            log_p, nfe = fm.log_likelihood(v, part.to(device), fm.time_grid(steps)[::-1], "rk4")
-            return -log_p.cpu(), nfe
+    def nats(points):
+        # All the way to the data, where an x-prediction divides by 0 unless it is clamped as in training.
+        v = fm.velocity(net, config.predict, path, clamp=fm.CLAMP)
+        log_p, nfe = fm.log_likelihood(v, points, fm.time_grid(steps)[::-1], "rk4")
+        return -log_p, nfe
+
+    def bits(pictures, noise):
         v = fm.velocity(net, config.predict, path)
-        e, signs = torch.randn(part.shape, generator=g), torch.randint(0, 2, part.shape, generator=g) * 2.0 - 1
-        bits, nfe = fm.bits_per_dimension(v, part.to(device), e.to(device), signs.to(device), sigma, steps, path)
-        return bits.cpu(), nfe
+        e = torch.randn(pictures.shape, generator=g).to(device)
+        signs = torch.randint(0, 2, pictures.shape, generator=g).to(device) * 2.0 - 1
+        return fm.bits_per_dimension(v, pictures, e, signs, noise, steps, path)
 
-    sigma = None
-    if not points:  # every sigma gives a bound; some pictures choose one that is low
-        sigma = min((0.001, 0.002, 0.005, 0.01, 0.02, 0.04), key=lambda sigma: score(x[:8], 10, sigma)[0].mean())
-    scores = []
-    for part in x.split(batch):
-        bits, nfe = score(part, steps, sigma)
-        scores.append(bits)
+    scores, unit, how = [], "nats", ""
+    if config.dataset not in data.POINTS:  # any noise gives a bound; the first eight pictures choose the lowest
+        few = x[:8].to(device)
+        noise = min((0.001, 0.002, 0.005, 0.01, 0.02, 0.04), key=lambda noise: bits(few, noise)[0].mean())
+        unit, how = "bits per dimension at most", f", from noise of {noise}"
+    for part in x.to(device).split(batch):
+        score, nfe = nats(part) if unit == "nats" else bits(part, noise)
+        scores.append(score.cpu())
     scores = torch.cat(scores)
     error = scores.std(correction=min(1, len(scores) - 1)) / math.sqrt(len(scores))
-    unit = "nats" if points else "bits per dimension at most"
     which = "training (too few to hold any out)" if len(training) == len(images) else "held-out"
-    how = "" if points else f", from noise of {sigma}"
     print(f"{scores.mean():.3f} +- {error:.3f} {unit} on {len(scores)} {which} samples, {steps} steps of rk4, NFE "
           f"{nfe}{how}")
 
 
-def sweep(net, config, z, y, batch):
+def sweep(net, config, z, y, batch, shift):
     """Prints how far each solver ends from a fine solution (RK4 in 100 steps), by evaluations of the network; for
     points also W2 to the data.
 
@@ -359,13 +361,13 @@ def sweep(net, config, z, y, batch):
             parts.append(x)
         return torch.cat(parts), nfe
 
-    fine, _ = solve_all("rk4", fm.time_grid(100))
+    fine, _ = solve_all("rk4", fm.time_grid(100, shift))
     fresh = data.points(config.dataset, len(z), data.seed_from(1, data.HELD_OUT, 0)) if points else None
     trials = []  # solver, times, tol, what to call the setting
     for solver, (_, evaluations) in fm.FIXED_STEP.items():
         for nfe in (4, 8, 16, 32, 64):
             steps = nfe // evaluations
-            trials.append((solver, fm.time_grid(steps), None, steps))
+            trials.append((solver, fm.time_grid(steps, shift), None, steps))
     for tol in (1e-1, 1e-2, 1e-3, 1e-4):
         trials.append(("dopri5", [0.0, 1.0], tol, tol))
     print("solver    steps or tol   NFE   RMS distance from a fine solution" + ("   W2 to data" if points else ""))
@@ -466,18 +468,19 @@ def picture_name(i):
 
 def parse_label(text, checkpoint):
     """--label as rows of y, or None without it. Classes: "a,b" is a row for each. Attributes: "a,b" is one row, of
-    samples with both. "all" is a row for each class or attribute. Numbers count from 0, unless labels are called by
-    numbers: a name is always what it says."""
+    samples with both. "all" is a row for each class or attribute. A label may also be given by its number, from 0; but
+    if the name of any label is a number, only names count."""
     if text is None:
         return None
     names = checkpoint["label_names"]
     numbers = {name: i for i, name in enumerate(names)}
     if not any(name.isdigit() for name in names):
         numbers.update({str(i): i for i in range(len(names))})
-    if text in numbers:  # a name may have commas, or be called all
-        words = [text]
-    elif text == "all" and names:
+    every = text == "all" and text not in numbers and names
+    if every:
         words = names
+    elif text in numbers:  # a name may have commas
+        words = [text]
     else:
         words = [word if word in numbers else word.strip() for word in text.split(",")]
     for word in words:
@@ -488,7 +491,7 @@ def parse_label(text, checkpoint):
     if not checkpoint["multi_hot"]:
         return y  # (R,)
     rows = torch.nn.functional.one_hot(y, len(names))  # (R, K)
-    return rows if words is names else rows.amax(dim=0, keepdim=True)
+    return rows if every else rows.amax(dim=0, keepdim=True)
 
 
 def load_data(config, checkpoint=None):

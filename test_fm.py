@@ -1507,7 +1507,7 @@ def test_failures_that_are_no_mistake_of_the_program_end_it_in_a_line(capsys):
     zip_folder(Path("pets"), Path("pets.zip"))
     Path("pets.zip").write_bytes(Path("pets.zip").read_bytes().replace(b"PK\1\2", b"PK\7\7"))
     damaged_zip = ["--data", "pets.zip"]
-    refused(capsys, lambda: data.run(lambda: data.main(damaged_zip)), "pets.zip", "no zip that can be read", "directory")
+    refused(capsys, lambda: data.run(lambda: data.main(damaged_zip)), "pets.zip", "no zip that can be read")
     refused(capsys, lambda: data.run(lambda: torch.empty(2**50)), "; a smaller --batch needs less", status=1)
     with pytest.raises(RuntimeError):  # but this is a mistake of the program
         data.run(torch.nn.Module())
@@ -2447,7 +2447,7 @@ def test_a_batch_that_does_not_split_among_the_processes_is_refused(capsys, monk
     refuses(capsys, "WORLD_SIZE torchrun", train_moons, "")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
-    for rank in ("2", "-1", "x"):
+    for rank in ("2", "-1", "x", ""):
         monkeypatch.setenv("RANK", rank)
         refuses(capsys, "RANK torchrun", train_moons, "")
     monkeypatch.setenv("RANK", "1")

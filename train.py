@@ -13,6 +13,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import math
 import os
 import shutil
 import signal
@@ -85,7 +86,7 @@ class Config:
     clip: float = flag(1.0, "gradients of a larger norm are scaled down to this one", low=1e-9)
     ema: float = flag(0.98, "decay of the averaged weights, the ones to sample from", high=1)
     # the run
-    preset: str = flag("auto", "these defaults' size: laptop, gpu (the papers' networks), or auto: gpu where CUDA is",
+    preset: str = flag("auto", "above 32 pixels: laptop (small networks), gpu (the papers'), or auto (gpu if CUDA)",
                        choices=("auto", "laptop", "gpu"))
     seed: int = flag(0, "of weights, batches, noise and times; what is held out is always the same", low=0,
                      high=2**63 - 1)
@@ -507,8 +508,9 @@ def preset(name, res, size, network=None):
     # The formula's mean of logit(t) is for long runs. Short ones draw faces whose parts do not fit together, and ignore
     # labels, unless they see more noise, which hides all but the layout. So on a laptop the same shift starts from 0
     # at 32 pixels.
-    mean = fm.logit_normal_mean(res) if size == "gpu" else fm.logit_normal_mean(res) - fm.logit_normal_mean(32)
-    fields, patch, overlap = dict(t_mean=min(0.0, mean)), res // 8, 0.25
+    mean = fm.logit_normal_mean(res) if size == "gpu" else -math.log(res / 32)
+    fields = dict(t_mean=min(0.0, mean))
+    patch, overlap = res // 8, 0.25
     if name in data.OFFICIAL:
         network = network or "unet"
         fields.update(cond="all", flip=name != "mnist", t_mean=-0.4, steps=2000, batch=64, warmup=100, ema=0.995,
@@ -520,14 +522,14 @@ def preset(name, res, size, network=None):
     elif size == "gpu" and res > 32:
         fields.update(width=384, depth=8, heads=6, batch=64, lr=1e-3, steps=20_000, warmup=500, ema=0.999, report=50,
                       preview=1000)
-    # Real pictures differ more than the faces for which the defaults are tuned: minutes at 32 pixels, else a night.
-    elif name != "faces" and res <= 32:
+    elif name != "faces" and res <= 32:  # real pictures vary more than the faces, so they get more steps: minutes here
         fields.update(steps=2000, ema=0.99, preview=250)
-    elif name != "faces":
+    elif name != "faces":  # and a night here
         fields.update(width=384, depth=6, heads=6, lr=2e-3, steps=20_000, warmup=100, ema=0.999, report=50, preview=500)
     elif res > 32:
         fields.update(steps=1000, preview=250)
-    if size == "laptop" and res >= 64:  # 10 x 10 patches, however large the picture; they overlap much, or rims show
+    if size == "laptop" and res >= 64:
+        # About 10 x 10 patches, however large the picture. They overlap much, or their edges would show.
         patch, overlap = round(5 / 32 * res), 0.4
     if network == "unet":
         fields.update(network="unet", width=32, depth=2, heads=4, optimizer="adamw", lr=2e-3)
@@ -538,15 +540,18 @@ def preset(name, res, size, network=None):
 
 
 def fitting_patches(res, wanted, overlap):
-    """(patch, stride) that tile the picture: a patch of about the wanted size, of which about that part overlaps the
-    next. Of two that are equally near, the larger stride, which is faster."""
-    best, least = None, None
+    """(patch, stride) that tile the picture, with a patch of about the wanted size. overlap: about what fraction of a
+    patch the next one is to cover. Of two that are equally near, the larger stride, which is faster."""
+
+    def distance(fit):
+        patch, stride = fit
+        return abs(patch / wanted - 1) + abs(1 - stride / patch - overlap), -stride
+
+    fits = []
     for patch in range(1, 2 * wanted):
         for stride in model.strides_that_fit(res, patch):
-            distance = abs(patch / wanted - 1) + abs(1 - stride / patch - overlap)
-            if best is None or (distance, -stride) < least:
-                best, least = (patch, stride), (distance, -stride)
-    return best
+            fits.append((patch, stride))
+    return min(fits, key=distance)
 
 
 def check(config, given):
@@ -650,15 +655,13 @@ def set_aside(out):
 def start_processes(config):
     """(rank, world, device). torchrun starts several processes (world) and tells each its number (rank), and its
     number on its machine (local rank), through the environment. Without torchrun there is one."""
-    try:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if world > 1:
-            int(os.environ["MASTER_PORT"]), os.environ["MASTER_ADDR"]
-    except (KeyError, ValueError):
-        rank, world = 0, 0
-    if not 0 <= rank < world:
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT", "").isdigit()
+    valid = rank.isdigit() and world.isdigit() and int(rank) < int(world) and (address or world == "1")
+    if not valid:
         data.fail("RANK and WORLD_SIZE are set, but not as torchrun sets them: start several processes by torchrun, or "
-                  "type unset RANK WORLD_SIZE")
+                  "type: unset RANK WORLD_SIZE")
+    rank, world = int(rank), int(world)
     device = sample.pick_device(config.device)
     if config.batch % world:
         data.fail(f"--batch {config.batch} does not split evenly over {world} processes")
