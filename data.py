@@ -885,6 +885,15 @@ def write_pack(pack, source, samples, n, label_names):
     print(f"  {len(labels):,} pictures", *(f"{count:,} {note}" for note, count in done.items()), sep=", ", flush=True)
 
 
+def report_packing(done, n, seconds):
+    rate = done / seconds
+    if n is None:
+        print(f"  {done:,} pictures  {rate:,.0f} pictures/s", flush=True)
+    else:
+        left = timedelta(seconds=round((n - done) / rate))
+        print(f"  {done:,} of {n:,}  {rate:,.0f} pictures/s  ETA {left}", flush=True)
+
+
 def drop_empty_classes(labels, label_names):
     """Without the classes none of whose pictures could be read."""
     if labels.ndim == 2:

@@ -675,6 +675,14 @@ def test_a_zip_packs_to_the_same_pixels_as_the_folder(capsys):
     assert "skipped" not in capsys.readouterr().out
 
 
+@parametrize("n,words", [(4000, "2,000 of 4,000 ETA pictures/s"), (None, "2,000 pictures pictures/s")])
+def test_packing_shows_progress(n, words, capsys):
+    samples = ((np.zeros((1, 1, 3), np.uint8), -1, []) for _ in range(4000))
+    data.write_pack(Path("cache/x.images"), Path("x"), samples, n, [])
+    said = capsys.readouterr().out.splitlines()
+    assert all(word in said[0] for word in words.split()) and len(said) == 3
+
+
 def test_every_one_of_many_pictures_keeps_its_own_label():
     for name, colour, n in (("dark", 0, 515), ("light", 255, 9)):
         Path("pets", name).mkdir(parents=True)
@@ -957,6 +965,16 @@ def test_points_fill_their_shape_and_nothing_else(name, centres, reach):
     distance, nearest = torch.cdist(p, centres, p=math.inf).min(1)
     assert (distance <= reach).float().mean() > 0.999
     assert nearest.bincount(minlength=len(centres)).min() > 1000 / len(centres)
+
+
+def test_a_buried_plane_is_found_again_and_lies_at_the_same_angle_each_time():
+    p = torch.randn(100, 2)
+    z = data.bury(p, 512)
+    assert z.shape == (100, 512) and torch.equal(z, data.bury(p, 512))
+    assert_close(data.dig(z), p)
+    assert_close(z @ z.T, p @ p.T)  # lengths and angles are the same
+    assert (z.std(0) > 0).all()  # all axes take part
+    assert torch.equal(data.bury(p, 2), p)
 
 
 def test_a_face_depends_on_its_index_alone_and_looks_alike_at_every_resolution():
@@ -1798,6 +1816,19 @@ def test_what_is_not_finite_never_replaces_a_checkpoint(capsys, monkeypatch):
 WASSERSTEIN, W2 = train.wasserstein, fm.w2
 
 
+def test_in_a_space_of_many_dimensions_x_prediction_finds_the_plane_and_e_prediction_does_not(capsys):
+    """Li & He 2025, figure 2. The noise has 64 numbers, and the network 32; the moons have 2."""
+    distances = {}
+    for predict in ("x", "e"):
+        train_moons(f"--dim 64 --steps 400 --width 32 --batch 256 --predict {predict} --out {predict}")
+        z = torch.from_numpy(sampled(predict, "--n 500 --batch 500 --steps 50"))
+        assert z.shape == (500, 64)
+        distances[predict] = fm.w2(data.dig(z), data.points("moons", 500, seed=9))
+    assert distances["x"] < 1.2 and distances["e"] > 3 * distances["x"], distances
+    assert sampled("x", "--n 200", to="x.png").width == 480
+    refuses(capsys, "--bpd --dim 2", sampled, "x", "--bpd 8")
+
+
 def test_moons_train_to_moons_and_w2_is_logged(monkeypatch):
     monkeypatch.setattr(train, "wasserstein", WASSERSTEIN)
     monkeypatch.setattr(fm, "w2", lambda a, b: W2(a[:500], b[:500]))  # all 2,048 points take seconds
@@ -2417,6 +2448,7 @@ def test_data_refuses_what_cannot_work(flags, words, capsys):
     ("--data moons --cond all", "--cond"),
     ("--data moons --network transformer", "--network transformer moons"),
     ("--data moons --heads 2", "--heads mlp"),
+    ("--dim 8", "--dim 8 moons"),
     ("--network mlp", "--network mlp faces"),
     ("--network unet --optimizer muon", "--optimizer muon unet"),
     ("--cond smilling", "--cond smilling smiling,"),
