@@ -527,7 +527,7 @@ def preset(name, res, size, network=None):
     elif name != "faces":  # and a night here
         fields.update(width=384, depth=6, heads=6, lr=2e-3, steps=20_000, warmup=100, ema=0.999, report=50, preview=500)
     elif res > 32:
-        fields.update(steps=1000, preview=250)
+        fields.update(steps=900, ema=0.99, preview=300)
     if size == "laptop" and res >= 64:
         # About 10 x 10 patches, however large the picture. They overlap much, or their edges would show.
         patch, overlap = round(5 / 32 * res), 0.4
