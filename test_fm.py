@@ -1753,6 +1753,7 @@ def pets_run(tmp_path_factory):
     done = command("train.py", "--data", "pets", "--res", 16, *TINY, *often, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "ETA" in done.stdout
+    assert "so few will be learnt by heart" in done.stdout and "each of 30 samples is seen every 0:00:0" in done.stdout
     return folder / "out/pets-16"
 
 
@@ -2122,6 +2123,25 @@ def test_shift_and_tolerance_change_the_samples_and_dopri5_counts_its_steps(pets
         sampled(pets_run, f"--solver dopri5 --tol {tol}")
         evaluations.append(int(re.search(rf"dopri5 to {tol}, NFE (\d+)", capsys.readouterr().out)[1]))
     assert evaluations[0] < evaluations[1]
+
+
+def test_steps_are_small_where_training_drew_many_times():
+    """Half of the training's times are below sigmoid(t_mean), and half of the steps, too."""
+    train_faces("--data faces --steps 2 --t-mean -2 --out noisy")
+    assert_array_equal(sampled("noisy"), sampled("noisy", f"--shift {math.exp(2)}"))
+    assert not np.array_equal(sampled("noisy"), sampled("noisy", "--shift 1"))
+    assert sample.usual_shift(Namespace(t_mean=-2, times="uniform")) == 1
+    times = fm.time_grid(1000, sample.usual_shift(Namespace(t_mean=-2, times="logit-normal")))
+    drawn = fm.sample_t(10_000, "logit-normal", -2, 0, torch.Generator().manual_seed(0), CPU)
+    assert np.median(times) == approx(float(drawn.median()), abs=0.01)
+
+
+def test_churn_changes_a_sample_by_noise_of_its_own(pets_run):
+    plain, churned = sampled(pets_run), sampled(pets_run, "--churn 1")
+    assert_array_equal(sampled(pets_run, "--churn 0"), plain)
+    assert np.abs(churned - plain).max() > 1e-3
+    assert_allclose(sampled(pets_run, "--churn 1 --n 3 --batch 1")[:2], churned, atol=1e-5)  # of (seed, i) alone
+    assert np.abs(sampled(pets_run, "--churn 1 --seed 1") - churned).max() > 1e-3
 
 
 def test_border_ratio_finds_a_grid_of_patches_and_none_in_noise(pets_run, capsys):
@@ -2557,6 +2577,7 @@ def test_resume_takes_the_same_pictures_by_another_path(name, capsys):
     ("--bpd 8 --label 0", "--bpd --label"),
     ("--paths", "--paths moons"),
     ("--sweep --label 0 --guidance 2", "--sweep --guidance"),
+    ("--sweep --churn 1", "--sweep --churn"),
     ("--guidance 3", "--guidance --label"),
     ("--guidance 1e38 --label 0", "--guidance between"),
     ("--label 0 --interval 0.9,0.1", "--interval"),
