@@ -367,6 +367,8 @@ def draw_faces(indices, res):
 
     def paint(who, colour, shape):
         """Lays a flat colour over the inside of a shape, on the faces where `who` holds; edges are one pixel soft."""
+        if not np.any(who):
+            return
         opacity = np.clip(0.5 - shape * pixels_per_unit, 0, 1) * who
         rows, columns = np.flatnonzero(opacity.any(axis=(0, 2))), np.flatnonzero(opacity.any(axis=(0, 1)))
         if len(rows):  # most shapes are small, and what lies outside of them stays as it is
@@ -777,7 +779,7 @@ def scatter(p):
     return trails(p[:, None])
 
 
-def trails(lines, title=""):
+def trails(lines):
     """Lines through points, (n, k, 2), as a PIL image of the square [-6, 6]^2: each starts in an orange dot and ends in
     a blue one. Lines that are not finite, or go far outside, are left out."""
     limit, size = 6.0, 480
@@ -792,8 +794,22 @@ def trails(lines, title=""):
             draw.circle(line[0], 4, (230, 120, 30, 160))
     for line in corners:
         draw.circle(line[-1], 4, (40, 70, 160, 110))
-    draw.text((size, 24), title, "#444444", ImageFont.load_default(32), "mt")
     return im.reduce(2)
+
+
+def panels(pictures, columns=None):
+    """{title: PIL image}, all of one size, as one image: in rows, each below its title. By default in one row."""
+    W, H = next(iter(pictures.values())).size
+    columns, title = columns or len(pictures), 30
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * W, rows * (H + title)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (text, im) in enumerate(pictures.items()):
+        row, column = divmod(i, columns)
+        left, top = column * W, row * (H + title)
+        draw.text((left + W / 2, top + title / 2), text, "#444444", ImageFont.load_default(16), "mm")
+        sheet.paste(im, (left, top + title))
+    return sheet
 
 
 def save_gif(file, frames):
@@ -802,11 +818,17 @@ def save_gif(file, frames):
     frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def plot(curves, xlabel):
-    """Line plot with a logarithmic y axis as a PIL image. curves: {name: (list of x, list of y)}, y > 0."""
+def plot(curves, xlabel, logarithmic="y"):
+    """Line plot as a PIL image. curves: {name: (list of x, list of y)}. logarithmic: which axes are, "", "y" or "xy";
+    on those all numbers must be above 0."""
     im = Image.new("RGB", (1440, 840), "white")  # drawn at twice the size, too
     draw, font, grey = ImageDraw.Draw(im), ImageFont.load_default(24), "#444444"
-    lines = [np.stack([x, np.log10(y)], 1) for x, y in curves.values()]  # (n, 2) each
+    is_log = np.array([axis in logarithmic for axis in "xy"])
+    lines = []
+    for x, y in curves.values():
+        line = np.stack([x, y], 1).astype(float)  # (n, 2)
+        line[:, is_log] = np.log10(line[:, is_log])
+        lines.append(line)
     everything = np.concatenate(lines)
     low, high = everything.min(0), everything.max(0) + 1e-6
 
@@ -816,10 +838,12 @@ def plot(curves, xlabel):
 
     for tick in np.linspace(low, high, 6):  # six points along the diagonal: a tick on both axes for each
         x, y = place(tick)
+        value = tick.copy()
+        value[is_log] = 10 ** tick[is_log]
         draw.line([120, y, 1410, y], "#dddddd", 2)
-        draw.text((108, y), f"{10 ** tick[1]:.3g}", grey, font, "rm")
-        draw.text((x, 762), f"{tick[0]:,.0f}", grey, font, "mt")
-    colours = ("#2846a0", "#e07020", "#208040", "#a02860")
+        draw.text((108, y), f"{value[1]:.3g}", grey, font, "rm")
+        draw.text((x, 762), f"{value[0]:,.0f}" if value[0] >= 10 else f"{value[0]:.2g}", grey, font, "mt")
+    colours = ("#2846a0", "#e07020", "#208040", "#a02860", "#808080")
     for i, (name, line) in enumerate(zip(curves, lines)):
         draw.line(place(line).ravel().tolist(), colours[i], 4)
         draw.text((1398, 42 + 34 * i), name, colours[i], font, "rt")

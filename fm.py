@@ -1,5 +1,7 @@
 """Flow matching, the mathematics: functions on tensors. Knows no network, file or flag.
 
+    python fm.py      draws what is said here, into out/figures/; nothing is trained
+
 Letters (code that is not about the flow may use x and the others for something else):
 
     x   clean data                        t   time: 0 is noise, 1 is data   (B,)
@@ -15,6 +17,7 @@ Following that mean velocity from noise at t = 0 leads, at t = 1, to samples dis
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -456,3 +459,200 @@ def w2(a, b):
         return math.inf
     rows, columns = linear_sum_assignment(cost)
     return float(np.sqrt(cost[rows, columns].mean()))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Figures: `python fm.py` draws what this file is about. Each function prints its numbers and returns them. The drawing
+# is data.py's, which nothing above needs.
+
+FIGURES = Path("out", "figures")
+
+
+def draw_pairs():
+    """Noise and data as straight lines, in random pairs and in the optimal ones: how long they are, how many cross."""
+    import data
+
+    x = data.points("moons", 150, seed=0)
+    e = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    pictures, numbers = {}, []
+    for title, noise in (("random pairs", e), ("optimal-transport pairs", ot_pair(x, e))):
+        length, crossed = (x - noise).norm(dim=1).mean().item(), crossings(noise, x)
+        numbers.append((length, crossed))
+        title = f"{title}: mean length {length:.2f}, {crossed:,} crossings"
+        pictures[title] = data.trails(torch.stack([noise, x], dim=1).numpy())
+        print(f"pairs.png    {title}")
+    data.panels(pictures).save(FIGURES / "pairs.png")
+    return numbers
+
+
+def crossings(a, b):
+    """How many pairs of the segments from a to b, (n, 2) each, cross."""
+
+    def side(p):
+        """+1 or -1: on which side of line i, through a_i and b_i, point j of p lies, (n, n)."""
+        along, across = b - a, p - a[:, None]
+        return (along[:, None, 0] * across[..., 1] - along[:, None, 1] * across[..., 0]).sign()
+
+    separated = side(a) * side(b) < 0  # line i passes between the two ends of segment j
+    return int((separated & separated.T).sum()) // 2
+
+
+def exact_velocity(points, path=linear):
+    """v(z, t) that a perfect network would learn from a dataset of finitely many points, (n, d).
+
+    Any of them may be the x in z. With x the noise was e = (z - alpha x) / sigma, and the density of that is Bayes'
+    weight for x, a softmax of -|e|^2 / 2. The mean velocity is that of the mean x.
+    """
+
+    def v(z, t):
+        times = torch.full((len(z),), t, dtype=z.dtype)
+        alpha, sigma, _, _ = path(times[:1])
+        e = (z[:, None] - alpha * points) / sigma  # (B, n, d)
+        weights = (-e.square().sum(dim=2) / 2).softmax(dim=1)  # (B, n)
+        return convert(weights @ points, "x", "v", z, times, path)
+
+    return v
+
+
+def draw_exact_flow():
+    """The exact velocity of 200 points at three times, and paths along it. The pairs are straight, but the paths bend:
+    where pairs cross, a path follows their mean. On the cosine path even the pairs are bent."""
+    import data
+
+    x = data.points("moons", 200, seed=0)
+    e = torch.randn(150, 2, generator=torch.Generator().manual_seed(0))
+    ticks = torch.linspace(-4.8, 4.8, 15)
+    places = torch.cartesian_prod(ticks, ticks)  # (225, 2)
+    pictures, bends = {}, []
+    for t in (0.0, 0.5, 0.9):
+        arrows = torch.stack([places, places + 0.15 * exact_velocity(x)(places, t)], dim=1)  # (225, 2, 2)
+        pictures[f"exact velocity at t = {t}"] = data.trails(arrows.numpy())
+    pictures["pairs (every fifth)"] = data.trails(torch.stack([e, x[:150]], dim=1)[::5].numpy())
+    for name, path in PATHS.items():
+        states = [e]
+        solve(exact_velocity(x, path), e, time_grid(100), end_euler=True, states=states)
+        lines = torch.stack(states, dim=1)  # (150, 101, 2)
+        walked = lines.diff(dim=1).norm(dim=2).sum(dim=1)
+        bends.append((walked / (lines[:, -1] - lines[:, 0]).norm(dim=1)).mean().item())
+        pictures[f"paths: {name}"] = data.trails(lines.numpy())
+        print(f"flow.png     {name} path: {bends[-1]:.3f} times as long as the straight line")
+    data.panels(pictures, columns=3).save(FIGURES / "flow.png")
+    return bends
+
+
+def draw_times():
+    """The density of the training times at 64, 256 and 512 pixels, by the formula."""
+    import data
+
+    t = torch.linspace(0, 1, 400)
+    curves, peaks = {}, []
+    for res in (64, 256, 512):
+        mean = logit_normal_mean(res)
+        density = logit_normal_density(t, mean)
+        curves[f"{res} pixels, mean of logit(t) {mean:.2f}"] = t, density
+        peaks.append(t[density.argmax()].item())
+        print(f"times.png    {res} pixels: most times near t = {peaks[-1]:.2f}")
+    data.plot(curves, "t (0: noise, 1: data)", logarithmic="").save(FIGURES / "times.png")
+    return peaks
+
+
+def draw_noise_and_size():
+    """One picture at two sizes, both at t = 0.3. Averaged down to 32 x 32, the larger one has lost its noise and kept
+    its content: to hide as much, it needs more noise."""
+    import data
+
+    t, pictures, left = 0.3, {}, []
+    for res in (32, 256):
+        x = data.to_tensor(data.draw_faces([18], res)[0], torch.device("cpu"))
+        noise = (1 - t) * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        averaged = torch.nn.functional.avg_pool2d(noise, res // 32)
+        left.append(averaged.std().item())
+        print(f"noise.png    {res} pixels at t = {t}: noise of {left[-1]:.2f} after averaging down to 32 pixels")
+        pictures[f"{res} pixels, t = {t}"] = t * x + noise
+    pictures["the same, averaged to 32"] = torch.nn.functional.avg_pool2d(pictures[f"256 pixels, t = {t}"], 8)
+    data.panels({title: enlarged(z) for title, z in pictures.items()}).save(FIGURES / "noise.png")
+    return left
+
+
+def enlarged(x):
+    """One picture (1, C, H, W) as a PIL image of 288 pixels."""
+    import data
+
+    return data.grid(data.to_uint8(x)).resize((288, 288), 0)
+
+
+def draw_sine():
+    """dz/dt = cos(t) from z = 0, whose solution is a sine, by Euler's method."""
+    import data
+
+    curves, errors = {}, []
+    for steps in (10, 30, 100):
+        ts = np.linspace(0, 2 * math.pi, steps + 1)
+        states = [torch.zeros(1, dtype=torch.float64)]
+        solve(lambda z, t: torch.full_like(z, math.cos(t)), states[0], ts.tolist(), states=states)
+        z = torch.cat(states).numpy()
+        errors.append(np.abs(z - np.sin(ts)).max())
+        curves[f"Euler, {steps} steps"] = ts, z
+        print(f"sine.png     {steps:3d} Euler steps: largest error {errors[-1]:.3f}")
+    curves["sin(t)"] = ts, np.sin(ts)
+    data.plot(curves, "t", logarithmic="").save(FIGURES / "sine.png")
+    return errors
+
+
+def draw_solvers():
+    """Error against the number of evaluations, for the flow from noise to data from N(2, 1.5^2) on the cosine path,
+    whose velocity and solution have closed forms."""
+    import data
+
+    def v(z, t):
+        alpha, sigma, d_alpha, d_sigma = cosine(torch.tensor(t, dtype=z.dtype))
+        variance = (1.5 * alpha) ** 2 + sigma**2  # of z, whose mean is 2 alpha
+        half_its_rate = 1.5**2 * alpha * d_alpha + sigma * d_sigma
+        return 2 * d_alpha + (z - 2 * alpha) * half_its_rate / variance
+
+    e = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    exact = 2 + 1.5 * e
+    curves, slopes = {}, {}
+    for solver, (_, evaluations) in FIXED_STEP.items():
+        nfe = [4 * 2**k for k in range(7)]
+        errors = [(solve(v, e, time_grid(n // evaluations), solver)[0] - exact).abs().max() for n in nfe]
+        slopes[solver] = math.log2(errors[-2] / errors[-1])
+        curves[solver] = nfe, errors
+        print(f"solvers.png  {solver}: twice the evaluations, {2 ** slopes[solver]:.1f} times less error, order "
+              f"{slopes[solver]:.2f}")
+    tried = [solve(v, e, [0.0, 1.0], "dopri5", tol=10.0**-k) for k in range(3, 10)]
+    curves["dopri5"] = [nfe for _, nfe in tried], [(z - exact).abs().max() for z, _ in tried]
+    data.plot(curves, "evaluations of v", logarithmic="xy").save(FIGURES / "solvers.png")
+    return slopes
+
+
+def draw_last_step():
+    """What is left of the noise after 50 Euler steps if a perfect x-prediction is turned into v with training's clamp,
+    and without it."""
+    import data
+
+    x = data.to_tensor(data.draw_faces([18], 64)[0], torch.device("cpu"))
+    e = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    pictures, left = {}, []
+    for title, clamp in (("with training's clamp", CLAMP), ("without", 0.0)):
+        v = velocity(lambda z, t, y: x, clamp=clamp)
+        z, _ = solve(v, e, time_grid(50), end_euler=True)
+        left.append((z - x).std().item() * 127.5)
+        print(f"last.png     {title}: noise of {left[-1]:.2f} grey levels is left")
+        for name, picture in ((title, z), ("10 times the error", 10 * (z - x))):
+            pictures[f"{name}, {left[-1]:.2f} grey levels"] = enlarged(picture)
+    data.panels(pictures).save(FIGURES / "last.png")
+    return left
+
+
+def main():
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    for draw in (draw_pairs, draw_exact_flow, draw_times, draw_noise_and_size, draw_sine, draw_solvers, draw_last_step):
+        draw()
+    print(f"wrote {FIGURES}/*.png")
+
+
+if __name__ == "__main__":
+    import data
+
+    data.run(main)

@@ -1,14 +1,18 @@
 """The networks, written out from torch's basic layers. All take (z, t, y=None) and return a tensor shaped as z.
 
+    python model.py      draws patches and positions into out/figures/, and lists what the parts cost
+
 What the output means (x, e or v) is decided in fm.py; here it is only numbers. Shapes are in the comments:
 B batch, N tokens, D width, H heads, d = D/H, P = C * patch^2 numbers in a patch.
 """
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def zeroed(layer):
@@ -423,3 +427,100 @@ def build(kind, **sizes):
     """A network from plain numbers and strings, so that a checkpoint can rebuild its own. ValueError: sizes that do
     not fit together."""
     return NETWORKS[kind](**sizes)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Figures: `python model.py` draws what this file is about. Each function prints its numbers and returns them. The
+# drawing is data.py's, which nothing above needs.
+
+FIGURES = Path("out", "figures")
+
+
+def draw_patches():
+    """A picture, its overlapping patches, and the picture put back from them: by a plain sum, and by `unpatchify`."""
+    import data
+
+    res, patch, stride = 64, 16, 12
+    x = data.to_tensor(data.draw_faces([18], res)[0], torch.device("cpu"))
+    light = (x + 1) / 2  # black is 0, so that a sum of two is twice as bright
+    patches = patchify(light, patch, stride)  # (1, 25, P)
+    total = F.fold(patches.transpose(1, 2), res, patch, stride=stride)
+    back = unpatchify(patches, res, patch, stride)
+    most, error = (total / light).nan_to_num().max().item(), (back - light).abs().max().item()
+    print(f"patches.png  plain sum: up to {most:.0f} times as bright; divided by the mask: error {error:.1e}")
+    pieces = patches.view(-1, 3, patch, patch)
+    pictures = {"a picture": light, "25 patches": pieces, "their sum": total, "divided by the mask": back}
+    for title, picture in pictures.items():
+        pictures[title] = data.grid(data.to_uint8(2 * picture - 1)).resize((288, 288), 0)
+    data.panels(pictures).save(FIGURES / "patches.png")
+    return most, error
+
+
+def draw_rope():
+    """The product of a query in the middle with an equal key at every other place, under RoPE: for one random vector,
+    and the mean over a thousand. The nearer, the larger, along both axes."""
+    import data
+
+    side, d = 21, 64
+    q = torch.randn(1000, 1, 1, d, generator=torch.Generator().manual_seed(0))
+    everywhere = rope(q, *rope_table(side, d))  # (1000, 21^2, 1, d)
+    middle = everywhere[:, side**2 // 2, None]
+    scores = (everywhere * middle).sum(dim=3).view(-1, side, side) / d  # (1000, 21, 21)
+    mean = scores.mean(dim=0)
+    for name, along in (("down", mean[side // 2 :, side // 2]), ("across", mean[side // 2, side // 2 :])):
+        print(f"rope.png     q . k at distances 0 to 10 {name}:", *(f"{score:.2f}" for score in along))
+    pictures = {}
+    for title, score in (("q . k of one q", scores[0]), ("mean of 1,000", mean)):
+        im = data.grid(data.to_uint8(score.expand(1, 3, -1, -1)))  # white: 1, black: -1
+        pictures[title] = im.resize((288, 288), 0)
+    data.panels(pictures).save(FIGURES / "rope.png")
+    return mean
+
+
+# What train.py builds for faces.
+EXAMPLES = {
+    "32 pixels": dict(res=32, patch=4, stride=4, width=256, depth=4, heads=4),
+    "256, laptop": dict(res=256, patch=40, stride=24, width=256, depth=4, heads=4),
+    "256, GPU": dict(res=256, patch=16, stride=12, width=768, depth=12, heads=12),
+}
+PARTS = ("embed", "time", "attention", "swiglu", "modulation", "norm", "head")
+
+
+def list_parts():
+    """Prints and returns {name: {part: (parameters, operations per picture)}} for the networks of EXAMPLES."""
+    table = {}
+    for name, sizes in EXAMPLES.items():
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers, to count
+            net = build("transformer", **sizes)
+            net(torch.empty(1, 3, sizes["res"], sizes["res"]), torch.empty(1))
+        rows = {}
+        for part in PARTS:
+            # The whole name of a weight is like blocks.0.attention.q.weight; of a module, Transformer.blocks.0.attention.
+            weights = sum(w.numel() for word, w in net.named_parameters() if f".{part}" in f".{word}")
+            operations = 0
+            for module, counts in counter.flop_counts.items():
+                if module.endswith(f".{part}"):
+                    operations += sum(counts.values())
+            rows[part] = weights, operations
+        rows["all"] = sum(w.numel() for w in net.parameters()), counter.get_total_flops()
+        table[name] = rows
+    print(" " * 12 + "".join(f"{name:>24s}" for name in table))
+    print(f"{'part':12s}" + f"{'parameters':>14s}{'GFLOP':>10s}" * len(table))
+    for part in (*PARTS, "all"):
+        cells = [f"{rows[part][0]:14,d}{rows[part][1] / 1e9:10.3f}" for rows in table.values()]
+        print(f"{part:12s}" + "".join(cells))
+    return table
+
+
+def main():
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    draw_patches()
+    draw_rope()
+    list_parts()
+    print(f"wrote {FIGURES}/*.png")
+
+
+if __name__ == "__main__":
+    import data
+
+    data.run(main)

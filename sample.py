@@ -299,12 +299,12 @@ def write_paths(net, config, to, device, args):
     generate(net, config, states[0], args.steps, args.solver, shift=args.shift, tol=args.tol, states=states)
     paths = torch.stack(states, dim=1)  # (n, steps + 1, 2)
 
-    panels = []
-    for lines, title in ((pairs, "optimal-transport pairs" if config.ot else "random pairs"),
-                         (arrows, "learnt velocity at t = 0.5"), (paths, "paths from noise to samples")):
-        panels.append(np.asarray(data.trails(lines.cpu().numpy(), title)))
+    panels = {}
+    for title, lines in (("optimal-transport pairs" if config.ot else "random pairs", pairs),
+                         ("learnt velocity at t = 0.5", arrows), ("paths from noise to samples", paths)):
+        panels[title] = data.trails(lines.cpu().numpy())
     part = to.parent / f".part-{to.name}"
-    data.grid(np.stack(panels), columns=3).save(part)
+    data.panels(panels).save(part)
     part.replace(to)
     print(f"wrote {to}")
 

@@ -410,6 +410,84 @@ def test_w2_of_a_shifted_cloud_is_the_shift_and_of_a_broken_one_infinite():
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# fm.py: figures
+
+
+@pytest.fixture
+def figures():
+    fm.FIGURES.mkdir(parents=True)
+    return fm.FIGURES
+
+
+@parametrize("script,names", [
+    (fm, ["pairs", "flow", "times", "noise", "sine", "solvers", "last"]), (model, ["patches", "rope"])])
+def test_fm_and_model_draw_their_figures(script, names, capsys):
+    script.main()
+    assert sorted(file.stem for file in script.FIGURES.iterdir()) == sorted(names)
+    printed = capsys.readouterr().out
+    for name in names:
+        assert f"{name}.png" in printed
+
+
+def test_crossings_are_those_that_a_search_for_common_points_finds():
+    a, b = normal(2, 25, 2)
+    found = 0
+    for i, j in itertools.combinations(range(25), 2):
+        # a_i + s (b_i - a_i) = a_j + r (b_j - a_j)
+        s, r = np.linalg.solve(np.stack([b[i] - a[i], a[j] - b[j]], axis=1), a[j] - a[i])
+        found += 0 < s < 1 and 0 < r < 1
+    assert fm.crossings(a, b) == found > 20
+
+
+def test_the_figure_of_pairs_has_shorter_lines_and_fewer_crossings_with_optimal_transport(figures):
+    (length, crossed), (ot_length, ot_crossed) = fm.draw_pairs()
+    assert ot_length < 0.8 * length and ot_crossed < crossed / 5
+
+
+@every_path
+def test_the_exact_velocity_is_the_mean_over_the_data_weighted_by_the_density_of_their_noise(path):
+    points, z, t = normal(5, 2), normal(3, 2), 0.4
+    alpha, sigma, d_alpha, d_sigma = (float(number) for number in path(torch.tensor(t, dtype=torch.float64)))
+    for place, v in zip(z, fm.exact_velocity(points, path)(z, t)):
+        noises = (place - alpha * points) / sigma
+        weights = scipy.stats.multivariate_normal(cov=np.eye(2)).pdf(noises)
+        assert_allclose(v, np.average(d_alpha * points + d_sigma * noises, axis=0, weights=weights))
+
+
+def test_the_figure_of_the_exact_flow_ends_at_the_data_by_bent_paths(figures, monkeypatch):
+    drawn, trails = [], data.trails
+    monkeypatch.setattr(data, "trails", lambda lines: drawn.append(lines) or trails(lines))
+    assert min(fm.draw_exact_flow()) > 1.1
+    moons = data.points("moons", 200, seed=0)
+    for lines in drawn[-2:]:
+        assert torch.cdist(torch.tensor(lines[:, -1]), moons).min(dim=1).values.median() < 0.02
+
+
+def test_the_figure_of_times_peaks_where_most_drawn_times_lie(figures):
+    for res, peak in zip((64, 256, 512), fm.draw_times()):
+        t = fm.sample_t(200_000, mean=fm.logit_normal_mean(res))
+        counts, edges = np.histogram(t, bins=25, range=(0, 1))
+        assert peak == approx(edges[counts.argmax()] + 0.02, abs=0.045)
+
+
+def test_the_figure_of_noise_and_size_averages_64_pixels_and_so_divides_the_noise_by_8(figures):
+    assert fm.draw_noise_and_size() == approx([0.7, 0.7 / 8], rel=0.05)
+
+
+def test_the_figures_of_solvers_have_the_known_errors_and_orders(figures):
+    # At t = pi, Euler's sum of cosines is too large by exactly the step.
+    assert fm.draw_sine() == approx([2 * math.pi / steps for steps in (10, 30, 100)])
+    assert fm.draw_solvers() == approx(dict(euler=1, heun=2, midpoint=2, rk4=4), abs=0.1)
+
+
+def test_the_figure_of_the_last_step_shows_what_its_clamp_leaves_and_nothing_without(figures):
+    """The last two of 50 steps, with 1-t = 0.04 and 0.02, each divide by 0.05, and leave 60%."""
+    x = torch.tensor(data.draw_faces([18], 64)[0] / 127.5 - 1).permute(0, 3, 1, 2)
+    e = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    assert fm.draw_last_step() == approx([0.04 * 0.6**2 * (e - x).std().item() * 127.5, 0], rel=1e-3, abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # model.py
 
 SMALL = {"transformer": dict(res=16, channels=3, patch=4, stride=4, width=32, depth=1, heads=2),
@@ -604,6 +682,37 @@ def test_every_parameter_learns_and_time_matters(kind, changes):
 def test_sizes_of_the_unet_that_do_not_fit_together_are_refused(size, value, words):
     with pytest.raises(ValueError, match=words):
         model.build("unet", **SMALL["unet"] | {size: value})
+
+
+def test_the_figure_of_patches_shows_a_sum_four_times_too_bright_where_rows_and_columns_overlap(figures):
+    most, error = model.draw_patches()
+    assert most == approx(4, abs=1e-4) and error < 1e-6
+
+
+def test_the_figure_of_rope_falls_with_distance_as_the_mean_of_its_cosines(figures):
+    """Half of the 32 pairs of numbers turn with the row, by 16 frequencies from 1 to almost 1/100."""
+    frequencies = 0.01 ** (np.arange(16) / 16)
+    mean = model.draw_rope()
+    for down, across in itertools.product((-10, -3, 0, 1, 5), repeat=2):
+        cosines = np.cos(down * frequencies).mean() / 2 + np.cos(across * frequencies).mean() / 2
+        assert mean[10 + down, 10 + across].item() == approx(cosines, abs=0.02)
+
+
+def test_the_table_of_parts_adds_up_and_is_of_the_networks_that_train_py_builds(capsys):
+    flags = {"32 pixels": dict(preset="laptop"), "256, laptop": dict(res=256, preset="laptop"),
+             "256, GPU": dict(res=256, preset="gpu")}
+    table = model.list_parts()
+    assert table.keys() == flags.keys()
+    for name, given in flags.items():
+        sizes = train.network_sizes(train.resolve(given), label_count=0)
+        assert sizes.items() >= model.EXAMPLES[name].items()
+        parts = dict(table[name])
+        weights, operations = parts.pop("all")
+        assert sum(part[0] for part in parts.values()) == weights
+        assert sum(part[1] for part in parts.values()) == operations
+        assert operations * 3 == train.flop_per_sample(sizes, (3, sizes["res"], sizes["res"]))
+    # Four matrices of 256 x 256 for each of 64 tokens, and their products with one another, in 4 blocks.
+    assert table["32 pixels"]["attention"] == (4 * 4 * 256**2, 4 * 2 * (4 * 64 * 256**2 + 2 * 64**2 * 256))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1239,6 +1348,23 @@ def test_a_plot_has_a_logarithmic_axis():
     plot = data.plot({"loss": (np.arange(101), 10.0 ** -np.arange(101))}, "step")
     for place in ((382, 197), (221, 108), (543, 286)):
         assert plot.getpixel(place)[0] < 128
+
+
+def test_a_plot_may_have_two_logarithmic_axes_or_none():
+    """A power law is a straight line on two, and so is a straight line on none."""
+    for x, y, axes in ((2.0 ** np.arange(9), 4.0 ** -np.arange(9), "xy"), (np.arange(9), -np.arange(9), "")):
+        plot = data.plot({"error": (x, y)}, "steps", axes)
+        for place in ((382, 197), (221, 108), (543, 286)):
+            assert plot.getpixel(place)[0] < 128
+
+
+def test_panels_stand_in_rows_each_below_its_title():
+    colours = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
+    sheet = data.panels({name: Image.new("RGB", (60, 40), colour) for name, colour in colours.items()}, columns=2)
+    assert sheet.size == (120, 140)
+    for colour, place in zip(colours.values(), ((30, 50), (90, 50), (30, 120))):
+        assert sheet.getpixel(place) == colour
+    assert np.asarray(sheet)[:30, :60].min() < 128 and np.asarray(sheet)[70:, 60:].min() == 255
 
 
 def test_a_gif_loops_for_ever_and_holds_its_last_frame():
@@ -2342,9 +2468,9 @@ def test_inversion_finds_noise_that_leads_back_to_the_picture(pets_run, capsys):
 def test_paths_draws_pairs_velocities_and_paths_of_points_side_by_side(monkeypatch, capsys):
     panels, trails = [], data.trails
 
-    def watch(lines, *title):
+    def watch(lines):
         panels.append(torch.tensor(lines))
-        return trails(lines, *title)
+        return trails(lines)
 
     train_moons("--steps 5")
     train_moons("--steps 5 --ot --out ot")
