@@ -895,7 +895,7 @@ def write_pack(pack, source, samples, n, label_names):
                 labels.append(label)
                 done.update(notes)
                 if len(labels) % 2000 == 0:
-                    report_packing(len(labels), n, time.perf_counter() - began)
+                    report_progress(len(labels), n, time.perf_counter() - began)
         if skipped:
             print(f"skipped {len(skipped)} of {n} that could not be read:", *skipped[:10], sep="\n  ")
         if not labels:
@@ -909,7 +909,8 @@ def write_pack(pack, source, samples, n, label_names):
     print(f"  {len(labels):,} pictures", *(f"{count:,} {note}" for note, count in done.items()), sep=", ", flush=True)
 
 
-def report_packing(done, n, seconds):
+def report_progress(done, n, seconds):
+    """n: how many there will be, or None if nobody knows."""
     rate = done / seconds
     if n is None:
         print(f"  {done:,} pictures  {rate:,.0f} pictures/s", flush=True)

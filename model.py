@@ -495,7 +495,7 @@ def list_parts():
             net(torch.empty(1, 3, sizes["res"], sizes["res"]), torch.empty(1))
         rows = {}
         for part in PARTS:
-            # The whole name of a weight is like blocks.0.attention.q.weight; of a module, Transformer.blocks.0.attention.
+            # Weights have names like blocks.0.attention.q.weight, modules like Transformer.blocks.0.attention.
             weights = sum(w.numel() for word, w in net.named_parameters() if f".{part}" in f".{word}")
             operations = 0
             for module, counts in counter.flop_counts.items():
