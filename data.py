@@ -563,12 +563,12 @@ def read_table(file, text):
     return classes
 
 
-def stream_files(names, labels, read, res):
+def stream_files(names, labels, read, res, channels=3):
     """Decodes in parallel, since Pillow releases the GIL; a few hundred at a time, so that memory stays small."""
 
     def work(name, label):
         try:
-            pixels, done = read_picture(read(name), res)
+            pixels, done = read_picture(read(name), res, channels)
             return pixels, label, done
         except Exception as error:  # a broken picture raises anything; it is skipped, and named
             if getattr(error, "errno", None):

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,7 +109,10 @@ def write(x, states, config, to, columns=None):
 def main(argv=None):
     args = parse_flags(argv)
     device = pick_device(args.device)
-    file = args.folder / "ckpt.pt" if args.folder.is_dir() or not args.folder.suffix else args.folder
+    judge = make_judge(args, device) if args.fd else None  # first of all, lest pictures be drawn in vain
+    if judge and holds_pictures(args.folder):
+        return judge(read_folder(args))
+    file = checkpoint_in(args.folder)
     checkpoint = read_checkpoint(file)
     net, config = checkpoint["network"].to(device).eval().requires_grad_(False), checkpoint["config"]
     to = args.to or file.parent / "samples.png"
@@ -135,7 +139,8 @@ def main(argv=None):
     shift = args.shift or usual_shift(config)
     if args.sweep:
         return sweep(net, config, z, y, args.batch, shift)
-    check_output(to, config, 3 if args.invert else n * (args.interpolate or 1))
+    if not judge:
+        check_output(to, config, 3 if args.invert else n * (args.interpolate or 1))
     for source in (args.source, args.inpaint, args.mask, args.invert):
         if source and Path(source).resolve() in (to.resolve(), to.resolve() / Path(source).name):
             data.fail(f"--to {to} would write over {source}, or beside it: name another place")
@@ -156,6 +161,8 @@ def main(argv=None):
     if args.inpaint:
         known = (read_picture(args.inpaint, config, device), read_mask(args.mask, config, device))
     x, states = generate_in_batches(net, config, z, y, args, start, known, keep_states=to.suffix == ".gif")
+    if judge:
+        return judge(data.to_tensor(data.to_uint8(x[: args.fd]), torch.device("cpu")))  # as it would be written
     write(x, states, config, to, columns)
 
 
@@ -163,6 +170,7 @@ def generate_in_batches(net, config, z, y, args, start, known, keep_states):
     """(x, states) from all of z, at most --batch at a time; prints how it was done, and how fast. known: (picture,
     hole) for inpainting, or None."""
     began, samples, flows, nfe = time.perf_counter(), [], [], 0
+    report_progress = progress(len(z))
     for part in torch.arange(len(z)).split(args.batch):
         y_part = None if y is None else y[part]
         states = [z[part]] if keep_states else None
@@ -174,6 +182,7 @@ def generate_in_batches(net, config, z, y, args, start, known, keep_states):
         nfe = max(nfe, evaluations)  # dopri5's count differs from batch to batch
         samples.append(x.cpu())  # waits for a GPU, so that the time below is right
         flows.append(states)
+        report_progress(len(x))
     x = torch.cat(samples)
     rate = len(x) / (time.perf_counter() - began)
     how = f"dopri5 to {args.tol:g}" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
@@ -195,6 +204,95 @@ def border_ratio(x, patch, stride):
     borders = torch.cat([starts, starts + patch])  # the pixels before which a patch begins or ends
     at_border = torch.isin(torch.arange(1, x.shape[3]), borders)
     return (energy[at_border].mean() / energy[~at_border].mean()).item()
+
+
+def progress(n):
+    """A function to call after every few of n samples: now and then it prints how far it is, and how long the rest
+    will take."""
+    began = reported = time.perf_counter()
+    done = 0
+
+    def report(more):
+        nonlocal reported, done
+        done, now = done + more, time.perf_counter()
+        if done < n and now - reported > 5:
+            data.report_progress(done, n, now - began)
+            reported = now
+
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A number for quality
+
+
+def make_judge(args, device):
+    """A function that takes pictures, (n, C, H, W) on the CPU, and prints how far they are, as a distribution, from n
+    held-out ones of the judge's dataset: the Fréchet distance between features of both (see `features`).
+
+    Also printed is that of n training pictures, which is the floor: no sampler should come out lower, unless by chance.
+    """
+    run = args.judge or args.folder
+    if holds_pictures(run):
+        data.fail(f"{run} holds pictures and no network to judge them: add --judge and a run's folder")
+    checkpoint = read_checkpoint(checkpoint_in(run))
+    net, config = checkpoint["network"].to(device).eval().requires_grad_(False), checkpoint["config"]
+    if config.dataset in data.POINTS:
+        data.fail(f"--fd is for pictures, and {run} has learnt points: for those --sweep prints W2")
+    images, _, _, _ = load_data(config, checkpoint)
+    training, held_out = data.split(len(images))
+    if args.fd > len(held_out) or len(images) == len(training):
+        data.fail(f"--fd {args.fd}: {run} has held out only {len(images) - len(training)} pictures to compare with")
+    learnt = training[data.permutation(len(training), seed=0, epoch=0)[: args.fd]]
+
+    def judge(x):
+        shape = shape_of(config)
+        if x.shape[1:] != shape:
+            data.fail(f"--judge {run} knows pictures of {shape} (channels, height, width), and these have "
+                      f"{tuple(x.shape[1:])}")
+        kinds = []
+        for pictures in (data.to_tensor(images[held_out[: len(x)]], x.device),
+                         data.to_tensor(images[learnt[: len(x)]], x.device), x):
+            kinds.append(features(net, config, pictures, device, args.batch))
+        fresh, known, drawn = kinds
+        floor, distance = fm.frechet(known, fresh), fm.frechet(drawn, fresh)
+        print(f"Fréchet distance of {len(x):,} pictures to as many held-out ones: {distance:.4g}, {distance / floor:.3g} "
+              f"times that of training pictures, {floor:.4g}; judge: {run}")
+
+    return judge
+
+
+def checkpoint_in(folder):
+    """The checkpoint of a run, of which the folder is given, or the file itself."""
+    return folder / "ckpt.pt" if folder.is_dir() or not folder.suffix else folder
+
+
+def holds_pictures(folder):
+    """Is this a folder of pictures, and not that of a run?"""
+    return folder.is_dir() and not checkpoint_in(folder).exists() and any(folder.glob("*.png"))
+
+
+def read_folder(args):
+    """The first --fd pictures of a folder, as the judge knows them."""
+    config = read_checkpoint(checkpoint_in(args.judge))["config"]
+    channels, res, _ = shape_of(config)
+    names, read = data.list_files(args.folder)
+    names = data.pick_pictures(args.folder, names)[: args.fd]
+    if len(names) < args.fd:
+        data.fail(f"--fd {args.fd}: {args.folder} has only {len(names)} pictures")
+    pixels, done = [], Counter()
+    for picture, _, notes in data.stream_files(names, names, read, res, channels):
+        if picture is None:
+            data.fail(f"cannot read {args.folder}/{notes}")
+        pixels.append(picture)
+        done.update(notes)
+    print(f"{args.folder}: {len(pixels):,} pictures", *(f"{count:,} {note}" for note, count in done.items()), sep=", ")
+    return data.to_tensor(np.stack(pixels), torch.device("cpu"))
+
+
+def features(net, config, x, device, batch):
+    """Numbers that say what is to be seen in pictures x, (n, C, H, W): (n, F)."""
+    raise NotImplementedError
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -298,6 +396,13 @@ def write_paths(net, config, to, device, args):
     states = [e.to(device)]
     generate(net, config, states[0], args.steps, args.solver, shift=args.shift, tol=args.tol, states=states)
     paths = torch.stack(states, dim=1)  # (n, steps + 1, 2)
+    ts = fm.time_grid(args.steps, args.shift or usual_shift(config))
+    energy = 0
+    for z, t, s in zip(states, ts, ts[1:]):
+        energy += (s - t) * v(z, t).square().sum(dim=1).mean().item()
+    least = fm.w2(states[0], states[-1]) ** 2
+    print(f"mean of |v|^2 along the paths: {energy / least:.2f} times the squared W2 from noise to samples, which is "
+          f"the least possible")
 
     panels = {}
     for title, lines in (("optimal-transport pairs" if config.ot else "random pairs", pairs),
@@ -415,6 +520,8 @@ def parse_flags(argv):
     modes.add_argument("--invert", metavar="PICTURE", help="instead: to its noise and back, in --steps of heun")
     modes.add_argument("--paths", action="store_true", help="instead, of points: pairs, velocities and paths")
     modes.add_argument("--sweep", action="store_true", help="instead: a table of error against NFE, all solvers")
+    modes.add_argument("--fd", type=count, help="instead: Fréchet distance of N samples to N held-out pictures")
+    parser.add_argument("--judge", type=Path, help="for --fd: the run whose network judges (default: the one that draws)")
     modes.add_argument("--bpd", type=count, help="instead: likelihood of N held-out samples (or all, if fewer)")
     parser.add_argument("--batch", type=count, default=64, help="samples that pass the network at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -425,6 +532,12 @@ def parse_flags(argv):
         data.fail("--interpolate needs --n 2 or more noises to go between")
     if bool(args.inpaint) != bool(args.mask):
         data.fail("--inpaint PICTURE and --mask MASK go together")
+    if args.judge and not args.fd:
+        data.fail("--judge goes with --fd N")
+    if args.fd:
+        if args.to:
+            data.fail("--fd prints a number and writes nothing: leave --to out")
+        args.n = args.fd
     if args.guidance != 1 and not args.label:
         data.fail("--guidance needs a --label to pull towards")
     if args.guidance != 1 and (args.bpd or args.sweep or args.invert):

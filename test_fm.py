@@ -2472,11 +2472,14 @@ def test_paths_draws_pairs_velocities_and_paths_of_points_side_by_side(monkeypat
         panels.append(torch.tensor(lines))
         return trails(lines)
 
-    train_moons("--steps 5")
-    train_moons("--steps 5 --ot --out ot")
+    train_moons("--steps 300")
+    train_moons("--steps 300 --ot --out ot")
     monkeypatch.setattr(data, "trails", watch)
-    sheet = sampled("out/moons", "--paths --n 100 --seed 3", to="x.png")
-    sampled("ot", "--paths --n 100 --seed 3", to="x.png")
+    capsys.readouterr()
+    sheet = sampled("out/moons", "--paths --n 100 --seed 3 --steps 30", to="x.png")
+    sampled("ot", "--paths --n 100 --seed 3 --steps 30", to="x.png")
+    energy, ot_energy = re.findall(r"([\d.]+) times the squared W2", capsys.readouterr().out)
+    assert 0.97 < float(ot_energy) < 1.05 < float(energy) < 1.6
     assert 2.8 < sheet.width / sheet.height < 3
     pairs, arrows, paths, ot_pairs, _, _ = panels
     assert ot_pairs.diff(dim=1).square().sum() < 0.7 * pairs.diff(dim=1).square().sum()
@@ -2484,7 +2487,7 @@ def test_paths_draws_pairs_velocities_and_paths_of_points_side_by_side(monkeypat
     v = net(arrows[:, 0], torch.full((len(arrows),), 0.5))
     assert torch.cosine_similarity(arrows[:, 1] - arrows[:, 0], v).min() > 0.999
     assert torch.equal(paths[:, 0], pairs[:, 0])
-    assert_allclose(paths[:, -1], sampled("out/moons", "--n 100 --seed 3"), atol=1e-5)
+    assert_allclose(paths[:, -1], sampled("out/moons", "--n 100 --seed 3 --steps 30"), atol=1e-5)
     refuses(capsys, "--paths .png", sampled, "out/moons", "--paths")
 
 
