@@ -239,6 +239,13 @@ def make_judge(args, device):
     net, config = checkpoint["network"].to(device).eval().requires_grad_(False), checkpoint["config"]
     if config.dataset in data.POINTS:
         data.fail(f"--fd is for pictures, and {run} has learnt points: for those --sweep prints W2")
+    if not holds_pictures(args.folder):
+        drawn = shape_of(read_checkpoint(checkpoint_in(args.folder))["config"])
+        if drawn != shape_of(config):
+            data.fail(f"--judge {run} knows pictures of shape {shape_of(config)}, channels first, and {args.folder} "
+                      f"draws {drawn}")
+    if config.drop == 0 and checkpoint["label_names"]:
+        data.fail(f"--judge {run}: with --drop 0 it has never seen a picture without its label, as here")
     images, _, _, _ = load_data(config, checkpoint)
     training, held_out = data.split(len(images))
     if args.fd > len(held_out) or len(images) == len(training):
@@ -246,18 +253,15 @@ def make_judge(args, device):
     learnt = training[data.permutation(len(training), seed=0, epoch=0)[: args.fd]]
 
     def judge(x):
-        shape = shape_of(config)
-        if x.shape[1:] != shape:
-            data.fail(f"--judge {run} knows pictures of {shape} (channels, height, width), and these have "
-                      f"{tuple(x.shape[1:])}")
-        kinds = []
+        sets = []
         for pictures in (data.to_tensor(images[held_out[: len(x)]], x.device),
                          data.to_tensor(images[learnt[: len(x)]], x.device), x):
-            kinds.append(features(net, config, pictures, device, args.batch))
-        fresh, known, drawn = kinds
-        floor, distance = fm.frechet(known, fresh), fm.frechet(drawn, fresh)
-        print(f"Fréchet distance of {len(x):,} pictures to as many held-out ones: {distance:.4g}, {distance / floor:.3g} "
-              f"times that of training pictures, {floor:.4g}; judge: {run}")
+            sets.append(features(net, config, pictures, device, args.batch))
+        fresh, known, drawn = sets
+        unit = fresh.std(dim=0).clamp(min=1e-6)  # or the few features with the largest numbers would say it all
+        floor, distance = fm.frechet(known / unit, fresh / unit), fm.frechet(drawn / unit, fresh / unit)
+        print(f"Fréchet distance of {len(x):,} pictures to as many held-out ones: {distance:.4g}, {distance / floor:.3g}"
+              f" times that of training pictures, {floor:.4g}; judge: {run}")
 
     return judge
 
@@ -269,30 +273,51 @@ def checkpoint_in(folder):
 
 def holds_pictures(folder):
     """Is this a folder of pictures, and not that of a run?"""
-    return folder.is_dir() and not checkpoint_in(folder).exists() and any(folder.glob("*.png"))
+    if not folder.is_dir() or checkpoint_in(folder).exists():
+        return False
+    return any(file.suffix.lower() in (".png", ".jpg", ".jpeg") for file in folder.iterdir())
 
 
 def read_folder(args):
-    """The first --fd pictures of a folder, as the judge knows them."""
+    """The first --fd pictures of a folder, prepared as for the judge's training."""
     config = read_checkpoint(checkpoint_in(args.judge))["config"]
     channels, res, _ = shape_of(config)
     names, read = data.list_files(args.folder)
-    names = data.pick_pictures(args.folder, names)[: args.fd]
+    names = data.pick_pictures(args.folder, names)
     if len(names) < args.fd:
         data.fail(f"--fd {args.fd}: {args.folder} has only {len(names)} pictures")
-    pixels, done = [], Counter()
-    for picture, _, notes in data.stream_files(names, names, read, res, channels):
+    first, pixels, done = names[: args.fd], [], Counter()
+    for picture, _, notes in data.stream_files(first, first, read, res, channels):
         if picture is None:
             data.fail(f"cannot read {args.folder}/{notes}")
         pixels.append(picture)
         done.update(notes)
-    print(f"{args.folder}: {len(pixels):,} pictures", *(f"{count:,} {note}" for note, count in done.items()), sep=", ")
+    print(f"{args.folder}: the first {len(first):,} of {len(names):,} pictures",
+          *(f"{count:,} {note}" for note, count in done.items()), sep=", ")
     return data.to_tensor(np.stack(pixels), torch.device("cpu"))
 
 
 def features(net, config, x, device, batch):
-    """Numbers that say what is to be seen in pictures x, (n, C, H, W): (n, F)."""
-    raise NotImplementedError
+    """What the judge's network makes of pictures x, (n, C, H, W): (n, F). It looks at them at time 0.9, through a little
+    noise, the same for the i-th picture of every set. Its features half of the way are averaged over the tokens (of a
+    UNet, over the pixels at the bottom), and so is by how much they vary."""
+    t = 0.9
+    layer = net.up3 if config.network == "unet" else net.blocks[(len(net.blocks) - 1) // 2]
+    outputs, rows = [], []
+    hook = layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    e = noise(range(len(x)), x.shape[1:], seed=0)
+    report_progress = progress(len(x))
+    for part in torch.arange(len(x)).split(batch):
+        z = noisy(x[part], e[part], t, config).to(device)
+        with autocast(device, config.bf16):
+            net(z, torch.full((len(z),), t, device=device))
+        h = outputs.pop().float().cpu()  # (B, N, D)
+        if config.network == "unet":
+            h = h.flatten(2).transpose(1, 2)  # (B, C, R, R) -> (B, N, C)
+        rows.append(torch.cat([h.mean(dim=1), h.std(dim=1)], dim=1))  # (B, F)
+        report_progress(len(part))
+    hook.remove()
+    return torch.cat(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -438,9 +463,11 @@ def likelihood(net, config, checkpoint, n, steps, seed, device, batch):
         few = x[:8].to(device)
         noise = min((0.001, 0.002, 0.005, 0.01, 0.02, 0.04), key=lambda noise: bits(few, noise)[0].mean())
         unit, how = "bits per dimension at most", f", from noise of {noise}"
+    report_progress = progress(len(x))
     for part in x.to(device).split(batch):
         score, nfe = nats(part) if unit == "nats" else bits(part, noise)
         scores.append(score.cpu())
+        report_progress(len(part))
     scores = torch.cat(scores)
     error = scores.std(correction=min(1, len(scores) - 1)) / math.sqrt(len(scores))
     which = "training (too few to hold any out)" if len(training) == len(images) else "held-out"
@@ -520,8 +547,8 @@ def parse_flags(argv):
     modes.add_argument("--invert", metavar="PICTURE", help="instead: to its noise and back, in --steps of heun")
     modes.add_argument("--paths", action="store_true", help="instead, of points: pairs, velocities and paths")
     modes.add_argument("--sweep", action="store_true", help="instead: a table of error against NFE, all solvers")
-    modes.add_argument("--fd", type=count, help="instead: Fréchet distance of N samples to N held-out pictures")
-    parser.add_argument("--judge", type=Path, help="for --fd: the run whose network judges (default: the one that draws)")
+    modes.add_argument("--fd", type=data.number(int, 2), help="instead: Fréchet distance of N samples to held-out data")
+    parser.add_argument("--judge", type=Path, help="for --fd: the run whose network judges (default: that which draws)")
     modes.add_argument("--bpd", type=count, help="instead: likelihood of N held-out samples (or all, if fewer)")
     parser.add_argument("--batch", type=count, default=64, help="samples that pass the network at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")

@@ -409,6 +409,16 @@ def test_w2_of_a_shifted_cloud_is_the_shift_and_of_a_broken_one_infinite():
     assert fm.w2(a, a / 0) == math.inf
 
 
+def test_the_frechet_distance_is_scipys_and_that_of_known_gaussians():
+    a, b = normal(300, 5) @ normal(5, 5), 1 + normal(200, 5) @ normal(5, 5)
+    root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T))
+    by_scipy = (a.mean(0) - b.mean(0)).square().sum().item() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root).real
+    assert fm.frechet(a, b) == approx(by_scipy)
+    assert fm.frechet(a, a) == approx(0, abs=1e-6)
+    wide = torch.tensor([1.0, 2.0, 3.0]) * normal(200_000, 3) + 1  # the deviations differ by 0, 1 and 2, the means by 1
+    assert fm.frechet(normal(200_000, 3), wide) == approx(3 + 1 + 4, rel=0.02)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # fm.py: figures
 
@@ -2351,6 +2361,82 @@ def test_a_network_that_never_saw_hidden_labels_is_not_asked_without_one(capsys)
     assert len(sampled("out/pets-16", "--label dog")) == 2
     for flags in ("", "--label dog --guidance 2", "--sweep", "--bpd 1"):
         refuses(capsys, "--drop 0 --label --guidance", sampled, "out/pets-16", flags)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A number for quality
+
+
+@pytest.fixture(params=["transformer", "unet"])
+def judging_run(request, monkeypatch):
+    """A tiny run on 400 faces, of which it holds out 20."""
+    monkeypatch.setattr(data, "FACES", 400)
+    flags = "--network unet --width 16" if request.param == "unet" else "--depth 3"
+    train_faces(f"--steps 30 --report 10 {flags} --out judge")
+    return "judge"
+
+
+def save_folder(folder, pixels):
+    Path(folder).mkdir()
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(f"{folder}/{i:05d}.png")
+
+
+def distance_of(capsys, *args):
+    """The distance and the floor that sample.py prints."""
+    capsys.readouterr()
+    sample.main([*map(str, args), "--device", "cpu"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    return [float(number) for number in re.search(r"ones: (.*), (.*) times .* pictures, (.*);", line).group(1, 3, 2)]
+
+
+def test_held_out_pictures_have_no_distance_and_worse_ones_more_than_training_pictures(judging_run, capsys):
+    images, _, _, _ = data.load("faces", res=16)
+    training, held_out = data.split(400)
+    fresh, known = images[held_out], images[training[:20]]
+    blocks = known.reshape(20, 4, 4, 4, 4, 3).mean(axis=(2, 4)).astype(np.uint8)  # 4 x 4 pixels of one colour
+    blurred = blocks.repeat(4, axis=1).repeat(4, axis=2)
+    distance, floor = {}, set()
+    for folder, pixels in dict(fresh=fresh, known=known, blurred=blurred, copies=known[[0] * 20]).items():
+        save_folder(folder, pixels)
+        distance[folder], reference, ratio = distance_of(capsys, folder, "--fd", 20, "--judge", judging_run)
+        floor.add(reference)
+        assert ratio == approx(distance[folder] / reference, rel=0.01)
+    assert len(floor) == 1
+    assert distance["fresh"] == approx(0, abs=1e-4)
+    assert 0 < 1.2 * distance["known"] < min(distance["blurred"], distance["copies"])
+
+
+def test_the_distance_of_samples_is_that_of_their_folder_whatever_the_batch(judging_run, capsys):
+    flags = ["--steps", 3, "--seed", 1]
+    by_itself = distance_of(capsys, judging_run, "--fd", 20, *flags, "--batch", 7)
+    sample.main([judging_run, "--n", "20", *map(str, flags), "--to", "drawn", "--device", "cpu"])
+    assert by_itself == approx(distance_of(capsys, "drawn", "--fd", 20, "--judge", judging_run), rel=1e-3)
+    assert by_itself != approx(distance_of(capsys, judging_run, "--fd", 20, "--steps", 3, "--seed", 2), rel=1e-3)
+
+
+def test_what_cannot_be_judged_is_refused_with_the_reason(capsys, monkeypatch):
+    monkeypatch.setattr(data, "FACES", 400)
+    train_faces("--steps 2 --depth 2")
+    train_faces("--steps 2 --cond all --drop 0 --out deaf")
+    train_moons("--steps 2")
+    save_folder("drawn", np.zeros((3, 20, 16, 3), np.uint8))
+    Path("drawn/00001.png").write_bytes(b"nothing")
+    Path("empty").mkdir()
+    run = "out/faces-16"
+    for args, words in (
+        (f"{run} --fd 21", "--fd 21 20 held"),
+        (f"{run} --judge {run}", "--judge --fd"),
+        (f"{run} --fd 5 --to x.png", "--fd --to"),
+        ("drawn --fd 3", "drawn --judge"),
+        (f"drawn --fd 4 --judge {run}", "drawn 3"),
+        (f"drawn --fd 3 --judge {run}", "cannot read drawn/00001.png"),
+        (f"empty --fd 3 --judge {run}", "empty/ckpt.pt"),
+        ("out/moons --fd 5", "points --sweep"),
+        (f"{run} --fd 5 --judge deaf", "--judge --drop 0"),
+        (f"out/moons --fd 5 --judge {run}", "--judge (3, 16, 16) (2,)"),
+    ):
+        refuses(capsys, words, sample.main, args.split())
 
 
 # ---------------------------------------------------------------------------------------------------------------
