@@ -774,6 +774,11 @@ def grid(pixels, columns=None):
     return ImageOps.scale(sheet, max(1, 72 // H), Image.Resampling.NEAREST)
 
 
+def tile(x):
+    """Pictures in [-1, 1], (B, C, H, W), one or a few, as a PIL image of 288 x 288 pixels."""
+    return grid(to_uint8(x)).resize((288, 288), Image.Resampling.NEAREST)
+
+
 def scatter(p):
     """Points (n, 2) as a PIL image of the square [-6, 6]^2."""
     return trails(p[:, None])
@@ -800,15 +805,15 @@ def trails(lines):
 def panels(pictures, columns=None):
     """{title: PIL image}, all of one size, as one image: in rows, each below its title. By default in one row."""
     W, H = next(iter(pictures.values())).size
-    columns, title = columns or len(pictures), 30
+    columns, strip = columns or len(pictures), 30  # pixels for a title
     rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * W, rows * (H + title)), "white")
+    sheet = Image.new("RGB", (columns * W, rows * (strip + H)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (text, im) in enumerate(pictures.items()):
+    for i, (title, im) in enumerate(pictures.items()):
         row, column = divmod(i, columns)
-        left, top = column * W, row * (H + title)
-        draw.text((left + W / 2, top + title / 2), text, "#444444", ImageFont.load_default(16), "mm")
-        sheet.paste(im, (left, top + title))
+        left, top = column * W, row * (strip + H)
+        draw.text((left + W / 2, top + strip / 2), title, "#444444", ImageFont.load_default(16), "mm")
+        sheet.paste(im, (left, top + strip))
     return sheet
 
 
@@ -821,7 +826,7 @@ def save_gif(file, frames):
 def plot(curves, xlabel, logarithmic="y"):
     """Line plot as a PIL image. curves: {name: (list of x, list of y)}. logarithmic: which axes are, "", "y" or "xy";
     on those all numbers must be above 0."""
-    im = Image.new("RGB", (1440, 840), "white")  # drawn at twice the size, too
+    im = Image.new("RGB", (1440, 840), "white")  # drawn at twice the size, as in `trails`
     draw, font, grey = ImageDraw.Draw(im), ImageFont.load_default(24), "#444444"
     is_log = np.array([axis in logarithmic for axis in "xy"])
     lines = []
@@ -836,7 +841,7 @@ def plot(curves, xlabel, logarithmic="y"):
         """Where points (n, 2) lie in the picture; the axes meet at (120, 750)."""
         return (p - low) / (high - low) * (1290, -710) + (120, 750)
 
-    for tick in np.linspace(low, high, 6):  # six points along the diagonal: a tick on both axes for each
+    for tick in np.linspace(low, high, 6):  # each is a tick of both axes, (2,)
         x, y = place(tick)
         value = tick.copy()
         value[is_log] = 10 ** tick[is_log]
@@ -1145,7 +1150,7 @@ def main(argv=None):
 
 # Batches, noise and the like each have a seed of their own, made from the user's seed (or a fixed one), one of these
 # purposes, and what else they depend on: the step and the process, or the sample. The order of calls has no effect.
-ORDER, BATCH, HELD_OUT, SAMPLE, SPLIT, ON_THE_WAY, TRACE = range(7)
+ORDER, BATCH, HELD_OUT, SAMPLE, SPLIT, ON_THE_WAY, TRACE, JUDGE = range(8)
 
 
 def seed_from(*integers):

@@ -68,8 +68,8 @@ def loss(net, x, e, t, y=None, predict="x", target="v", path=linear, jitter=None
     z = alpha * x + sigma * e
     truth = {"x": x, "e": e, "v": d_alpha * x + d_sigma * e}[predict]
     prediction = net(z if jitter is None else z + jitter, t, y).to(z.dtype)
-    # Truth and prediction are turned into v (or whatever `target` says) alike. The division by 1-t in this is clamped,
-    # so near t = 1 not even the true x gives exactly x - e; but a perfect prediction has loss 0 at every t.
+    # Truth and prediction are turned into v (or whatever `target` says) alike. This divides by 1-t, clamped, so near
+    # t = 1 not even the true x gives exactly x - e; but a perfect prediction has loss 0 at every t.
     v = convert(truth, predict, target, z, t, path, CLAMP)
     v_pred = convert(prediction, predict, target, z, t, path, CLAMP)
     return (v - v_pred).square().flatten(1).mean(1)
@@ -198,8 +198,8 @@ def velocity(net, predict="x", path=linear, y=None, y_null=None, guidance=1.0, i
     """The network's velocity field v(z, t), with t a float, for `solve`.
 
     Guidance w is classifier-free (Ho & Salimans 2022, arXiv 2207.12598): v_null + w (v_y - v_null), for t within the
-    interval only (Kynkäänniemi et al. 2024, arXiv 2404.07724). y_null: y with all labels hidden. With w = 1, and
-    outside the interval, it costs nothing; within, the network sees each z twice, with y and with y_null.
+    interval only (Kynkäänniemi et al. 2024, arXiv 2404.07724). y_null: y with all labels hidden. Within the interval
+    the network sees each z twice, with y and with y_null; elsewhere, and if w = 1, guidance costs nothing.
 
     clamp: as in `convert`. The default suits sampling:
     - x-prediction: none. At 50 steps, training's clamp would let the last step divide by 0.05 where 1-t is 0.02: it
@@ -235,12 +235,12 @@ def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
 
     end_euler: take the last step by Euler's rule, which never evaluates v at the end. Needed from noise to data when
     the network predicts x and nothing is clamped: its velocity (x_pred - z) / (1-t) divides by 0 at t = 1.
-    states: a list that receives the state after each step (dopri5: at each time but the first).
+    states: a list that receives the state after each step (dopri5: at each time but the first, and before end_euler).
     tol: for dopri5, which takes its own steps between the times.
     """
     ts, nfe = list(ts), 0
     if solver == "dopri5" and end_euler:
-        # There may be just one interval, [0, 1], far too long for an Euler step: dopri5 goes all but its last
+        # There may be just one interval, [0, 1], far too long for an Euler step: so dopri5 covers all but its last
         # thousandth, and Euler the rest.
         before, end = ts[-2:]
         ts.insert(-1, end - 1e-3 * (end - before))
@@ -319,15 +319,15 @@ def time_grid(steps, shift=1.0):
 def solve_with_churn(v, z, ts, churn, new_noise, path=linear, solver="heun", end_euler=False, states=None, tol=1e-4):
     """`solve` with randomness on the way. new_noise(): a new e, shaped as z. Returns z and the NFE.
 
-    The score, which is the gradient of log p(z), is -e / sigma, where e is the mean of the noise in z. Whoever adds
-    g/2 score to the velocity, and noise of variance g dt, leaves the distribution of z at each time as it was, for any
-    g(t) >= 0: what the noise spreads, the score draws together (Song et al. 2020, arXiv 2011.13456; Ma et al. 2024,
-    arXiv 2401.08740). Here g = 2 churn sigma, which vanishes at t = 1:
+    The score, which is the gradient of log p(z), is -e / sigma, where e is the mean of the noise in z. Adding g/2 score
+    to the velocity, and noise of variance g dt, leaves the distribution of z at each time as it was, for any g(t) >= 0:
+    what the noise spreads, the score draws together (Song et al. 2020, arXiv 2011.13456; Ma et al. 2024, arXiv
+    2401.08740). Here g = 2 churn sigma, which vanishes at t = 1:
 
         dz = v dt - churn e dt + sqrt(2 churn sigma) dB
 
-    So errors of earlier steps are partly forgotten. Each step first takes the random part, then the ODE's. With e held
-    fixed the random part has an exact solution: it keeps a fraction of the noise and draws the rest anew.
+    So errors of earlier steps are partly forgotten. Each step first takes the random part, then the ODE's. With x and
+    sigma held fixed the random part has an exact solution: it keeps a fraction of the noise and draws the rest anew.
     """
     nfe = 0
     for t, s in zip(ts, ts[1:]):
@@ -382,10 +382,10 @@ def log_likelihood(v, x, ts, solver="rk4", probe=None):
 
         d log p(z_t) / dt = - trace(dv/dz)        so log p(x) = log N(e; 0, 1) - integral of the trace over [0, 1]
 
-    ts: the solver's times, from data to noise; any clock will do if v is dz by this clock. probe: random signs shaped
-    as x, the same for the whole solve, for Hutchinson's unbiased estimate of the trace, probe^T (dv/dz) probe
-    (Grathwohl et al. 2018, arXiv 1810.01367). None: the exact trace, a sum over all d unit vectors, in d backward
-    passes per evaluation.
+    ts: the solver's times, from data to noise; or values of another variable, if v is dz by that variable. probe:
+    random signs shaped as x, the same for the whole solve, for Hutchinson's unbiased estimate of the trace, probe^T
+    (dv/dz) probe (Grathwohl et al. 2018, arXiv 1810.01367). None: the exact trace, a sum over all d unit vectors, in d
+    backward passes per evaluation.
     """
     d = x[0].numel()
     if probe is None:
@@ -462,15 +462,21 @@ def w2(a, b):
 
 
 def frechet(a, b):
-    """The Fréchet distance between two sets of n vectors, (n, d): the squared 2-Wasserstein distance between the normal
-    distributions with their means and covariances (Heusel et al. 2017, arXiv 1706.08500). The fewer vectors, the larger
-    it comes out, since covariances are then known badly: compare only results of equal n."""
+    """The Fréchet distance between two sets of vectors, (n, d): the squared 2-Wasserstein distance between the normal
+    distributions with their means and covariances (Heusel et al. 2017, arXiv 1706.08500):
+
+        |mean_a - mean_b|^2 + trace(cov_a + cov_b - 2 sqrt(cov_a cov_b))
+
+    The fewer vectors, the larger it comes out, since covariances are then known badly: compare only results of equal n.
+    """
     a, b = a.double().cpu(), b.double().cpu()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    # trace(sqrt(cov_a cov_b)) is the sum of the roots of the eigenvalues, which are real and not negative.
-    roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()
+    # Triangular matrices with root_a^T root_a = cov_a. The singular values of root_a root_b^T are the roots of the
+    # eigenvalues of cov_a cov_b, without its rounding.
+    root_a = torch.linalg.qr((a - a.mean(0)) / math.sqrt(len(a) - 1), mode="r").R
+    root_b = torch.linalg.qr((b - b.mean(0)) / math.sqrt(len(b) - 1), mode="r").R
     means = (a.mean(0) - b.mean(0)).square().sum()
-    return (means + cov_a.trace() + cov_b.trace() - 2 * roots.sum()).item()
+    traces = root_a.square().sum() + root_b.square().sum()
+    return (means + traces - 2 * torch.linalg.svdvals(root_a @ root_b.T).sum()).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -512,8 +518,9 @@ def crossings(a, b):
 def exact_velocity(points, path=linear):
     """v(z, t) that a perfect network would learn from a dataset of finitely many points, (n, d).
 
-    Any of them may be the x in z. With x the noise was e = (z - alpha x) / sigma, and the density of that is Bayes'
-    weight for x, a softmax of -|e|^2 / 2. The mean velocity is that of the mean x.
+    Any of them may be the x in z. If it was x, the noise was e = (z - alpha x) / sigma, and the density of that e is
+    Bayes' weight for x: a softmax of -|e|^2 / 2. For given z the velocity is linear in x, so its mean is that of the
+    mean x.
     """
 
     def v(z, t):
@@ -553,7 +560,7 @@ def draw_exact_flow():
 
 
 def draw_times():
-    """The density of the training times at 64, 256 and 512 pixels, by the formula."""
+    """The density of the training times at 64, 256 and 512 pixels, by the formula (for short runs see train.preset)."""
     import data
 
     t = torch.linspace(0, 1, 400)
@@ -582,15 +589,8 @@ def draw_noise_and_size():
         print(f"noise.png    {res} pixels at t = {t}: noise of {left[-1]:.2f} after averaging down to 32 pixels")
         pictures[f"{res} pixels, t = {t}"] = t * x + noise
     pictures["the same, averaged to 32"] = torch.nn.functional.avg_pool2d(pictures[f"256 pixels, t = {t}"], 8)
-    data.panels({title: enlarged(z) for title, z in pictures.items()}).save(FIGURES / "noise.png")
+    data.panels({title: data.tile(z) for title, z in pictures.items()}).save(FIGURES / "noise.png")
     return left
-
-
-def enlarged(x):
-    """One picture (1, C, H, W) as a PIL image of 288 pixels."""
-    import data
-
-    return data.grid(data.to_uint8(x)).resize((288, 288), 0)
 
 
 def draw_sine():
@@ -652,7 +652,7 @@ def draw_last_step():
         left.append((z - x).std().item() * 127.5)
         print(f"last.png     {title}: noise of {left[-1]:.2f} grey levels is left")
         for name, picture in ((title, z), ("10 times the error", 10 * (z - x))):
-            pictures[f"{name}, {left[-1]:.2f} grey levels"] = enlarged(picture)
+            pictures[f"{name}, {left[-1]:.2f} grey levels"] = data.tile(picture)
     data.panels(pictures).save(FIGURES / "last.png")
     return left
 

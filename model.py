@@ -447,12 +447,10 @@ def draw_patches():
     total = F.fold(patches.transpose(1, 2), res, patch, stride=stride)
     back = unpatchify(patches, res, patch, stride)
     most, error = (total / light).nan_to_num().max().item(), (back - light).abs().max().item()
-    print(f"patches.png  plain sum: up to {most:.0f} times as bright; divided by the mask: error {error:.1e}")
+    print(f"patches.png  plain sum: up to {most:.0f} times as bright; weighted, over the mask: error {error:.1e}")
     pieces = patches.view(-1, 3, patch, patch)
-    pictures = {"a picture": light, "25 patches": pieces, "their sum": total, "divided by the mask": back}
-    for title, picture in pictures.items():
-        pictures[title] = data.grid(data.to_uint8(2 * picture - 1)).resize((288, 288), 0)
-    data.panels(pictures).save(FIGURES / "patches.png")
+    pictures = {"a picture": light, "25 patches": pieces, "their sum": total, "weighted, over the mask": back}
+    data.panels({title: data.tile(2 * p - 1) for title, p in pictures.items()}).save(FIGURES / "patches.png")
     return most, error
 
 
@@ -469,11 +467,8 @@ def draw_rope():
     mean = scores.mean(dim=0)
     for name, along in (("down", mean[side // 2 :, side // 2]), ("across", mean[side // 2, side // 2 :])):
         print(f"rope.png     q . k at distances 0 to 10 {name}:", *(f"{score:.2f}" for score in along))
-    pictures = {}
-    for title, score in (("q . k of one q", scores[0]), ("mean of 1,000", mean)):
-        im = data.grid(data.to_uint8(score.expand(1, 3, -1, -1)))  # white: 1, black: -1
-        pictures[title] = im.resize((288, 288), 0)
-    data.panels(pictures).save(FIGURES / "rope.png")
+    pictures = {"q . k of one q": scores[:1], "mean of 1,000": mean[None]}  # white: 1, black: -1
+    data.panels({title: data.tile(score[None]) for title, score in pictures.items()}).save(FIGURES / "rope.png")
     return mean
 
 

@@ -109,9 +109,9 @@ def write(x, states, config, to, columns=None):
 def main(argv=None):
     args = parse_flags(argv)
     device = pick_device(args.device)
-    judge = make_judge(args, device) if args.fd else None  # first of all, lest pictures be drawn in vain
+    judge, judged_shape = make_judge(args, device) if args.fd else (None, None)  # now, lest pictures be drawn in vain
     if judge and holds_pictures(args.folder):
-        return judge(read_folder(args))
+        return judge(read_folder(args.folder, args.fd, judged_shape))
     file = checkpoint_in(args.folder)
     checkpoint = read_checkpoint(file)
     net, config = checkpoint["network"].to(device).eval().requires_grad_(False), checkpoint["config"]
@@ -139,7 +139,13 @@ def main(argv=None):
     shift = args.shift or usual_shift(config)
     if args.sweep:
         return sweep(net, config, z, y, args.batch, shift)
-    if not judge:
+    if judge:
+        if shape_of(config) != judged_shape:
+            data.fail(f"--judge {args.judge} knows pictures of shape {judged_shape}, channels first, and {args.folder} "
+                      f"draws {shape_of(config)}")
+        if n > args.fd:
+            data.fail(f"--fd {args.fd} does not split evenly over the {len(rows)} rows of --label: try {n}")
+    else:
         check_output(to, config, 3 if args.invert else n * (args.interpolate or 1))
     for source in (args.source, args.inpaint, args.mask, args.invert):
         if source and Path(source).resolve() in (to.resolve(), to.resolve() / Path(source).name):
@@ -162,7 +168,7 @@ def main(argv=None):
         known = (read_picture(args.inpaint, config, device), read_mask(args.mask, config, device))
     x, states = generate_in_batches(net, config, z, y, args, start, known, keep_states=to.suffix == ".gif")
     if judge:
-        return judge(data.to_tensor(data.to_uint8(x[: args.fd]), torch.device("cpu")))  # as it would be written
+        return judge(data.to_tensor(data.to_uint8(x), torch.device("cpu")))  # rounded, as it would be written
     write(x, states, config, to, columns)
 
 
@@ -170,7 +176,7 @@ def generate_in_batches(net, config, z, y, args, start, known, keep_states):
     """(x, states) from all of z, at most --batch at a time; prints how it was done, and how fast. known: (picture,
     hole) for inpainting, or None."""
     began, samples, flows, nfe = time.perf_counter(), [], [], 0
-    report_progress = progress(len(z))
+    report = progress(len(z))
     for part in torch.arange(len(z)).split(args.batch):
         y_part = None if y is None else y[part]
         states = [z[part]] if keep_states else None
@@ -182,7 +188,7 @@ def generate_in_batches(net, config, z, y, args, start, known, keep_states):
         nfe = max(nfe, evaluations)  # dopri5's count differs from batch to batch
         samples.append(x.cpu())  # waits for a GPU, so that the time below is right
         flows.append(states)
-        report_progress(len(x))
+        report(len(x))
     x = torch.cat(samples)
     rate = len(x) / (time.perf_counter() - began)
     how = f"dopri5 to {args.tol:g}" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
@@ -227,43 +233,38 @@ def progress(n):
 
 
 def make_judge(args, device):
-    """A function that takes pictures, (n, C, H, W) on the CPU, and prints how far they are, as a distribution, from n
-    held-out ones of the judge's dataset: the Fréchet distance between features of both (see `features`).
+    """(judge, shape): a function that takes n pictures, (n, C, H, W) on the CPU, and that shape, (C, H, W).
 
-    Also printed is that of n training pictures, which is the floor: no sampler should come out lower, unless by chance.
+    It prints the Fréchet distance of their features to those of n held-out pictures of the judge's dataset, see
+    `features`. Beside it, the same of n training pictures: about what a perfect sampler would get.
     """
     run = args.judge or args.folder
     if holds_pictures(run):
-        data.fail(f"{run} holds pictures and no network to judge them: add --judge and a run's folder")
+        data.fail(f"{run} holds pictures, and no network to judge any: name a run, such as --judge out/faces-32")
     checkpoint = read_checkpoint(checkpoint_in(run))
     net, config = checkpoint["network"].to(device).eval().requires_grad_(False), checkpoint["config"]
     if config.dataset in data.POINTS:
         data.fail(f"--fd is for pictures, and {run} has learnt points: for those --sweep prints W2")
-    if not holds_pictures(args.folder):
-        drawn = shape_of(read_checkpoint(checkpoint_in(args.folder))["config"])
-        if drawn != shape_of(config):
-            data.fail(f"--judge {run} knows pictures of shape {shape_of(config)}, channels first, and {args.folder} "
-                      f"draws {drawn}")
     if config.drop == 0 and checkpoint["label_names"]:
         data.fail(f"--judge {run}: with --drop 0 it has never seen a picture without its label, as here")
     images, _, _, _ = load_data(config, checkpoint)
     training, held_out = data.split(len(images))
     if args.fd > len(held_out) or len(images) == len(training):
         data.fail(f"--fd {args.fd}: {run} has held out only {len(images) - len(training)} pictures to compare with")
-    learnt = training[data.permutation(len(training), seed=0, epoch=0)[: args.fd]]
+    training = training[data.permutation(len(training), seed=0, epoch=0)]
 
     def judge(x):
-        sets = []
-        for pictures in (data.to_tensor(images[held_out[: len(x)]], x.device),
-                         data.to_tensor(images[learnt[: len(x)]], x.device), x):
-            sets.append(features(net, config, pictures, device, args.batch))
-        fresh, known, drawn = sets
+        n, sets = len(x), []
+        for pictures in (images[held_out[:n]], images[training[:n]]):
+            sets.append(features(net, config, data.to_tensor(pictures, x.device), device, args.batch))
+        fresh, known = sets
+        drawn = features(net, config, x, device, args.batch)
         unit = fresh.std(dim=0).clamp(min=1e-6)  # or the few features with the largest numbers would say it all
         floor, distance = fm.frechet(known / unit, fresh / unit), fm.frechet(drawn / unit, fresh / unit)
-        print(f"Fréchet distance of {len(x):,} pictures to as many held-out ones: {distance:.4g}, {distance / floor:.3g}"
-              f" times that of training pictures, {floor:.4g}; judge: {run}")
+        print(f"Fréchet distance of {n:,} pictures to as many held-out ones: {distance:.4g}, {distance / floor:.3g} "
+              f"times that of training pictures, {floor:.4g}; judge: {run}")
 
-    return judge
+    return judge, shape_of(config)
 
 
 def checkpoint_in(folder):
@@ -275,38 +276,38 @@ def holds_pictures(folder):
     """Is this a folder of pictures, and not that of a run?"""
     if not folder.is_dir() or checkpoint_in(folder).exists():
         return False
-    return any(file.suffix.lower() in (".png", ".jpg", ".jpeg") for file in folder.iterdir())
+    return any(file.suffix.lower() in (".png", ".jpg", ".jpeg") for file in data.walk(folder))
 
 
-def read_folder(args):
-    """The first --fd pictures of a folder, prepared as for the judge's training."""
-    config = read_checkpoint(checkpoint_in(args.judge))["config"]
-    channels, res, _ = shape_of(config)
-    names, read = data.list_files(args.folder)
-    names = data.pick_pictures(args.folder, names)
-    if len(names) < args.fd:
-        data.fail(f"--fd {args.fd}: {args.folder} has only {len(names)} pictures")
-    first, pixels, done = names[: args.fd], [], Counter()
-    for picture, _, notes in data.stream_files(first, first, read, res, channels):
+def read_folder(folder, n, shape):
+    """n pictures of a folder, chosen at random but always the same, and prepared as for the judge's training."""
+    channels, res, _ = shape
+    names, read = data.list_files(folder)
+    names = data.pick_pictures(folder, names)
+    if len(names) < n:
+        data.fail(f"--fd {n}: {folder} has only {len(names)} pictures")
+    chosen = [names[i] for i in sorted(data.permutation(len(names), seed=0, epoch=0)[:n])]
+    pixels, done = [], Counter()
+    for picture, _, notes in data.stream_files(chosen, chosen, read, res, channels):
         if picture is None:
-            data.fail(f"cannot read {args.folder}/{notes}")
+            data.fail(f"cannot read {folder}/{notes}")
         pixels.append(picture)
         done.update(notes)
-    print(f"{args.folder}: the first {len(first):,} of {len(names):,} pictures",
-          *(f"{count:,} {note}" for note, count in done.items()), sep=", ")
+    notes = [f"{count:,} {note}" for note, count in done.items()]
+    print(f"{folder}: {n:,} of {len(names):,} pictures", *notes, sep=", ")
     return data.to_tensor(np.stack(pixels), torch.device("cpu"))
 
 
 def features(net, config, x, device, batch):
     """What the judge's network makes of pictures x, (n, C, H, W): (n, F). It looks at them at time 0.9, through a little
-    noise, the same for the i-th picture of every set. Its features half of the way are averaged over the tokens (of a
-    UNet, over the pixels at the bottom), and so is by how much they vary."""
+    noise, the same for the i-th picture of every set. Each number that comes out of the middle block (of a UNet, from
+    its bottom) becomes two: mean and standard deviation over the tokens."""
     t = 0.9
     layer = net.up3 if config.network == "unet" else net.blocks[(len(net.blocks) - 1) // 2]
     outputs, rows = [], []
     hook = layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
-    e = noise(range(len(x)), x.shape[1:], seed=0)
-    report_progress = progress(len(x))
+    e = noise_source(range(len(x)), x.shape[1:], 0, data.JUDGE, x.device)()
+    report = progress(len(x))
     for part in torch.arange(len(x)).split(batch):
         z = noisy(x[part], e[part], t, config).to(device)
         with autocast(device, config.bf16):
@@ -314,8 +315,8 @@ def features(net, config, x, device, batch):
         h = outputs.pop().float().cpu()  # (B, N, D)
         if config.network == "unet":
             h = h.flatten(2).transpose(1, 2)  # (B, C, R, R) -> (B, N, C)
-        rows.append(torch.cat([h.mean(dim=1), h.std(dim=1)], dim=1))  # (B, F)
-        report_progress(len(part))
+        rows.append(torch.cat([h.mean(dim=1), h.std(dim=1, correction=0)], dim=1))  # (B, F)
+        report(len(part))
     hook.remove()
     return torch.cat(rows)
 
@@ -461,13 +462,13 @@ def likelihood(net, config, checkpoint, n, steps, seed, device, batch):
     scores, unit, how = [], "nats", ""
     if config.dataset not in data.POINTS:  # any noise gives a bound; the first eight pictures choose the lowest
         few = x[:8].to(device)
-        noise = min((0.001, 0.002, 0.005, 0.01, 0.02, 0.04), key=lambda noise: bits(few, noise)[0].mean())
-        unit, how = "bits per dimension at most", f", from noise of {noise}"
-    report_progress = progress(len(x))
+        best = min((0.001, 0.002, 0.005, 0.01, 0.02, 0.04), key=lambda noise: bits(few, noise)[0].mean())
+        unit, how = "bits per dimension at most", f", from noise of {best}"
+    report = progress(len(x))
     for part in x.to(device).split(batch):
-        score, nfe = nats(part) if unit == "nats" else bits(part, noise)
+        score, nfe = nats(part) if unit == "nats" else bits(part, best)
         scores.append(score.cpu())
-        report_progress(len(part))
+        report(len(part))
     scores = torch.cat(scores)
     error = scores.std(correction=min(1, len(scores) - 1)) / math.sqrt(len(scores))
     which = "training (too few to hold any out)" if len(training) == len(images) else "held-out"
@@ -479,8 +480,8 @@ def sweep(net, config, z, y, batch, shift):
     """Prints how far each solver ends from a fine solution of the same flow, by evaluations of the network; for points
     also W2 to the data. In float32, so that rounding does not hide the differences.
 
-    The fine solution is RK4 in 100 steps. After an x-prediction, it is not quite exact: the last step, by Euler, lands
-    on the prediction, and the later it starts, the more detail it gets.
+    The fine solution is RK4 in 100 steps. With an x-prediction that depends on its last step (by Euler, onto the
+    prediction): the later this starts, the more detail is predicted.
     """
     config = SimpleNamespace(**{**vars(config), "bf16": False})
 
@@ -548,7 +549,8 @@ def parse_flags(argv):
     modes.add_argument("--paths", action="store_true", help="instead, of points: pairs, velocities and paths")
     modes.add_argument("--sweep", action="store_true", help="instead: a table of error against NFE, all solvers")
     modes.add_argument("--fd", type=data.number(int, 2), help="instead: Fréchet distance of N samples to held-out data")
-    parser.add_argument("--judge", type=Path, help="for --fd: the run whose network judges (default: that which draws)")
+    parser.add_argument("--judge", type=Path,
+                        help="for --fd: the run whose network judges; itself by default. To compare runs, one for all")
     modes.add_argument("--bpd", type=count, help="instead: likelihood of N held-out samples (or all, if fewer)")
     parser.add_argument("--batch", type=count, default=64, help="samples that pass the network at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
