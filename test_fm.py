@@ -824,15 +824,15 @@ def test_broken_pictures_are_skipped_counted_and_named(capsys):
     assert "skipped 2 of 5" in said and "half.jpg" in said and "float.tiff" in said
 
 
-def broken(file, res):
+def broken(file, res, channels):
     raise ValueError
 
 
-def unreadable(file, res):  # just now, which is no reason to leave the picture out for ever
+def unreadable(file, res, channels):  # just now, which is no reason to leave the picture out for ever
     open("gone")
 
 
-def ended(file, res):
+def ended(file, res, channels):
     signal.raise_signal(signal.SIGTERM)
 
 
