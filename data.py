@@ -486,13 +486,17 @@ def is_hidden(name):
     return name.startswith(".") or name in ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "Thumbs.db")
 
 
+def is_picture(path):
+    """Has it the ending of a format that Pillow reads?"""
+    return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
+
+
 def pick_pictures(place, names):
     """The names that end like a format that Pillow reads; says what is left out."""
-    endings = [ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN]
     pictures, others = [], Counter()
     for name in names:
         path = PurePosixPath(name)
-        if path.suffix.lower() in endings:
+        if is_picture(path):
             pictures.append(name)
         elif path.name not in TABLES:
             others[path.suffix.lower() or "without an ending"] += 1
@@ -500,7 +504,8 @@ def pick_pictures(place, names):
         print("left out:", ", ".join(f"{count:,} {ending}" for ending, count in others.most_common()))
     if not pictures:
         fail(f"no pictures in {place}: looked for a folder or zip with .jpg, .png or another of Pillow's formats in it "
-             f"(if it has moved: --data and its new place). Other data by name: {', '.join(NAMES)}")
+             f"(if it has moved: train.py --data and its new place, or a link to that). Other data by name: "
+             f"{', '.join(NAMES)}")
     return pictures
 
 
@@ -723,8 +728,8 @@ def to_srgb(profile, mode):
 
 
 # A change of these functions, too, means packing again.
-READING = (list_files, is_hidden, pick_pictures, find_classes, read_table, stream_files, read_picture, decode,
-           bare_png, opacity, eight_bits, to_srgb)
+READING = (list_files, is_hidden, is_picture, pick_pictures, find_classes, read_table, stream_files, read_picture,
+           decode, bare_png, opacity, eight_bits, to_srgb)
 
 
 def find_celeba(root):
@@ -772,6 +777,13 @@ def grid(pixels, columns=None):
         row, column = divmod(i, columns)
         sheet.paste(tile, (gap + column * (W + gap), gap + row * (H + gap)))
     return ImageOps.scale(sheet, max(1, 72 // H), Image.Resampling.NEAREST)
+
+
+def save_whole(im, file):
+    """Saves a PIL image. If this is cut short, an older file stays as it was."""
+    part = file.parent / f".part-{file.name}"
+    im.save(part)
+    part.replace(file)
 
 
 def tile(x):

@@ -499,7 +499,7 @@ def draw_pairs():
         title = f"{title}: mean length {length:.2f}, {crossed:,} crossings"
         pictures[title] = data.trails(torch.stack([noise, x], dim=1).numpy())
         print(f"pairs.png    {title}")
-    data.panels(pictures).save(FIGURES / "pairs.png")
+    data.save_whole(data.panels(pictures), FIGURES / "pairs.png")
     return numbers
 
 
@@ -555,7 +555,7 @@ def draw_exact_flow():
         bends.append((walked / (lines[:, -1] - lines[:, 0]).norm(dim=1)).mean().item())
         pictures[f"paths: {name}"] = data.trails(lines.numpy())
         print(f"flow.png     {name} path: {bends[-1]:.3f} times as long as the straight line")
-    data.panels(pictures, columns=3).save(FIGURES / "flow.png")
+    data.save_whole(data.panels(pictures, columns=3), FIGURES / "flow.png")
     return bends
 
 
@@ -571,7 +571,7 @@ def draw_times():
         curves[f"{res} pixels, mean of logit(t) {mean:.2f}"] = t, density
         peaks.append(t[density.argmax()].item())
         print(f"times.png    {res} pixels: most times near t = {peaks[-1]:.2f}")
-    data.plot(curves, "t (0: noise, 1: data)", logarithmic="").save(FIGURES / "times.png")
+    data.save_whole(data.plot(curves, "t (0: noise, 1: data)", logarithmic=""), FIGURES / "times.png")
     return peaks
 
 
@@ -589,7 +589,7 @@ def draw_noise_and_size():
         print(f"noise.png    {res} pixels at t = {t}: noise of {left[-1]:.2f} after averaging down to 32 pixels")
         pictures[f"{res} pixels, t = {t}"] = t * x + noise
     pictures["the same, averaged to 32"] = torch.nn.functional.avg_pool2d(pictures[f"256 pixels, t = {t}"], 8)
-    data.panels({title: data.tile(z) for title, z in pictures.items()}).save(FIGURES / "noise.png")
+    data.save_whole(data.panels({title: data.tile(z) for title, z in pictures.items()}), FIGURES / "noise.png")
     return left
 
 
@@ -607,7 +607,7 @@ def draw_sine():
         curves[f"Euler, {steps} steps"] = ts, z
         print(f"sine.png     {steps:3d} Euler steps: largest error {errors[-1]:.3f}")
     curves["sin(t)"] = ts, np.sin(ts)
-    data.plot(curves, "t", logarithmic="").save(FIGURES / "sine.png")
+    data.save_whole(data.plot(curves, "t", logarithmic=""), FIGURES / "sine.png")
     return errors
 
 
@@ -634,7 +634,7 @@ def draw_solvers():
               f"{slopes[solver]:.2f}")
     tried = [solve(v, e, [0.0, 1.0], "dopri5", tol=10.0**-k) for k in range(3, 10)]
     curves["dopri5"] = [nfe for _, nfe in tried], [(z - exact).abs().max() for z, _ in tried]
-    data.plot(curves, "evaluations of v", logarithmic="xy").save(FIGURES / "solvers.png")
+    data.save_whole(data.plot(curves, "evaluations of v", logarithmic="xy"), FIGURES / "solvers.png")
     return slopes
 
 
@@ -653,7 +653,7 @@ def draw_last_step():
         print(f"last.png     {title}: noise of {left[-1]:.2f} grey levels is left")
         for name, picture in ((title, z), ("10 times the error", 10 * (z - x))):
             pictures[f"{name}, {left[-1]:.2f} grey levels"] = data.tile(picture)
-    data.panels(pictures).save(FIGURES / "last.png")
+    data.save_whole(data.panels(pictures), FIGURES / "last.png")
     return left
 
 

@@ -450,7 +450,8 @@ def draw_patches():
     print(f"patches.png  plain sum: up to {most:.0f} times as bright; weighted, over the mask: error {error:.1e}")
     pieces = patches.view(-1, 3, patch, patch)
     pictures = {"a picture": light, "25 patches": pieces, "their sum": total, "weighted, over the mask": back}
-    data.panels({title: data.tile(2 * p - 1) for title, p in pictures.items()}).save(FIGURES / "patches.png")
+    pictures = {title: data.tile(2 * picture - 1) for title, picture in pictures.items()}
+    data.save_whole(data.panels(pictures), FIGURES / "patches.png")
     return most, error
 
 
@@ -468,7 +469,8 @@ def draw_rope():
     for name, along in (("down", mean[side // 2 :, side // 2]), ("across", mean[side // 2, side // 2 :])):
         print(f"rope.png     q . k at distances 0 to 10 {name}:", *(f"{score:.2f}" for score in along))
     pictures = {"q . k of one q": scores[:1], "mean of 1,000": mean[None]}  # white: 1, black: -1
-    data.panels({title: data.tile(score[None]) for title, score in pictures.items()}).save(FIGURES / "rope.png")
+    pictures = {title: data.tile(score[None]) for title, score in pictures.items()}
+    data.save_whole(data.panels(pictures), FIGURES / "rope.png")
     return mean
 
 

@@ -111,6 +111,9 @@ def main(argv=None):
     device = pick_device(args.device)
     judge, judged_shape = make_judge(args, device) if args.fd else (None, None)  # now, lest pictures be drawn in vain
     if judge and holds_pictures(args.folder):
+        if args.label or args.churn:
+            data.fail(f"{args.folder} holds pictures that are drawn already: --label, --guidance and --churn are for "
+                      f"runs")
         return judge(read_folder(args.folder, args.fd, judged_shape))
     file = checkpoint_in(args.folder)
     checkpoint = read_checkpoint(file)
@@ -144,7 +147,7 @@ def main(argv=None):
             data.fail(f"--judge {args.judge} knows pictures of shape {judged_shape}, channels first, and {args.folder} "
                       f"draws {shape_of(config)}")
         if n > args.fd:
-            data.fail(f"--fd {args.fd} does not split evenly over the {len(rows)} rows of --label: try {n}")
+            data.fail(f"--fd {args.fd} must be a multiple of {len(rows)}, the rows of --label")
     else:
         check_output(to, config, 3 if args.invert else n * (args.interpolate or 1))
     for source in (args.source, args.inpaint, args.mask, args.invert):
@@ -246,11 +249,13 @@ def make_judge(args, device):
     if config.dataset in data.POINTS:
         data.fail(f"--fd is for pictures, and {run} has learnt points: for those --sweep prints W2")
     if config.drop == 0 and checkpoint["label_names"]:
-        data.fail(f"--judge {run}: with --drop 0 it has never seen a picture without its label, as here")
+        data.fail(f"{run} was trained with --drop 0, so it has never seen a picture without its label, as here: name "
+                  f"another run, --judge DIR")
     images, _, _, _ = load_data(config, checkpoint)
     training, held_out = data.split(len(images))
     if args.fd > len(held_out) or len(images) == len(training):
-        data.fail(f"--fd {args.fd}: {run} has held out only {len(images) - len(training)} pictures to compare with")
+        data.fail(f"--fd {args.fd}: {run} has held out only {len(images) - len(training)} pictures to compare with, so "
+                  f"ask for no more")
     training = training[data.permutation(len(training), seed=0, epoch=0)]
 
     def judge(x):
@@ -261,6 +266,8 @@ def make_judge(args, device):
         drawn = features(net, config, x, device, args.batch)
         unit = fresh.std(dim=0).clamp(min=1e-6)  # or the few features with the largest numbers would say it all
         floor, distance = fm.frechet(known / unit, fresh / unit), fm.frechet(drawn / unit, fresh / unit)
+        if floor < 1e-6:
+            data.fail(f"{run} has learnt pictures that are all alike: no distance to them means anything")
         print(f"Fréchet distance of {n:,} pictures to as many held-out ones: {distance:.4g}, {distance / floor:.3g} "
               f"times that of training pictures, {floor:.4g}; judge: {run}")
 
@@ -276,7 +283,7 @@ def holds_pictures(folder):
     """Is this a folder of pictures, and not that of a run?"""
     if not folder.is_dir() or checkpoint_in(folder).exists():
         return False
-    return any(file.suffix.lower() in (".png", ".jpg", ".jpeg") for file in data.walk(folder))
+    return any(data.is_picture(file) for file in data.walk(folder))
 
 
 def read_folder(folder, n, shape):
@@ -421,11 +428,11 @@ def write_paths(net, config, to, device, args):
 
     states = [e.to(device)]
     generate(net, config, states[0], args.steps, args.solver, shift=args.shift, tol=args.tol, states=states)
+    ts = torch.tensor(fm.time_grid(args.steps, args.shift or usual_shift(config)), device=device)
+    if len(states) > len(ts):
+        del states[-2]  # where dopri5 left the rest to Euler
     paths = torch.stack(states, dim=1)  # (n, steps + 1, 2)
-    ts = fm.time_grid(args.steps, args.shift or usual_shift(config))
-    energy = 0
-    for z, t, s in zip(states, ts, ts[1:]):
-        energy += (s - t) * v(z, t).square().sum(dim=1).mean().item()
+    energy = (paths.diff(dim=1).square().sum(dim=2) / ts.diff()).sum(dim=1).mean().item()
     least = fm.w2(states[0], states[-1]) ** 2
     print(f"mean of |v|^2 along the paths: {energy / least:.2f} times the squared W2 from noise to samples, which is "
           f"the least possible")
@@ -434,9 +441,7 @@ def write_paths(net, config, to, device, args):
     for title, lines in (("optimal-transport pairs" if config.ot else "random pairs", pairs),
                          ("learnt velocity at t = 0.5", arrows), ("paths from noise to samples", paths)):
         panels[title] = data.trails(lines.cpu().numpy())
-    part = to.parent / f".part-{to.name}"
-    data.panels(panels).save(part)
-    part.replace(to)
+    data.save_whole(data.panels(panels), to)
     print(f"wrote {to}")
 
 
@@ -563,9 +568,9 @@ def parse_flags(argv):
         data.fail("--inpaint PICTURE and --mask MASK go together")
     if args.judge and not args.fd:
         data.fail("--judge goes with --fd N")
+    if args.to and (args.fd or args.bpd or args.sweep):
+        data.fail("--fd, --bpd and --sweep print numbers and write nothing: leave --to out")
     if args.fd:
-        if args.to:
-            data.fail("--fd prints a number and writes nothing: leave --to out")
         args.n = args.fd
     if args.guidance != 1 and not args.label:
         data.fail("--guidance needs a --label to pull towards")

@@ -210,6 +210,8 @@ def train(config, checkpoint, rank, world, device):
             break
 
     leave_processes(world)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, data.exit_on_signal)  # all is saved: whatever comes now may be cut short
     if done < config.steps:
         print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
         sys.exit(128 + stop)
