@@ -568,8 +568,6 @@ def parse_flags(argv):
         data.fail("--inpaint PICTURE and --mask MASK go together")
     if args.judge and not args.fd:
         data.fail("--judge goes with --fd N")
-    if args.to and (args.fd or args.bpd or args.sweep):
-        data.fail("--fd, --bpd and --sweep print numbers and write nothing: leave --to out")
     if args.fd:
         args.n = args.fd
     if args.guidance != 1 and not args.label:
@@ -580,6 +578,8 @@ def parse_flags(argv):
         data.fail("--bpd, --sweep, --invert, --inpaint and --paths work without --churn")
     if args.label and (args.bpd or args.paths):
         data.fail("--bpd and --paths work without --label")
+    if args.to and (args.fd or args.bpd or args.sweep):
+        data.fail("--fd, --bpd and --sweep print numbers and write nothing: leave --to out")
     return args
 
 

@@ -2210,7 +2210,8 @@ def test_bench_counts_the_arithmetic_and_divides_it_by_the_time(quarter_seconds,
 
 def sampled(run, flags="", to="x.npy"):
     """What sample.py writes, by default of two samples in three steps: an array, or a picture, or a folder's."""
-    sample.main([str(run), "--device", "cpu", "--n", "2", "--steps", "3", *flags.split(), "--to", to])
+    writes = [] if "--bpd" in flags or "--sweep" in flags else ["--to", to]
+    sample.main([str(run), "--device", "cpu", "--n", "2", "--steps", "3", *flags.split(), *writes])
     if to == "x.npy":
         return np.load(to)
     if Path(to).suffix:
