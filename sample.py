@@ -143,11 +143,7 @@ def main(argv=None):
     if args.sweep:
         return sweep(net, config, z, y, args.batch, shift)
     if judge:
-        if shape_of(config) != judged_shape:
-            data.fail(f"--judge {args.judge} knows pictures of shape {judged_shape}, channels first, and {args.folder} "
-                      f"draws {shape_of(config)}")
-        if n > args.fd:
-            data.fail(f"--fd {args.fd} must be a multiple of {len(rows)}, the rows of --label")
+        check_judged(args, shape_of(config), judged_shape, n)
     else:
         check_output(to, config, 3 if args.invert else n * (args.interpolate or 1))
     for source in (args.source, args.inpaint, args.mask, args.invert):
@@ -272,6 +268,15 @@ def make_judge(args, device):
               f"times that of training pictures, {floor:.4g}; judge: {run}")
 
     return judge, shape_of(config)
+
+
+def check_judged(args, shape, judged_shape, n):
+    """Refuses pictures that the judge does not know, and a number of them, n, that is not that of --fd."""
+    if shape != judged_shape:
+        data.fail(f"--judge {args.judge} knows pictures of shape {judged_shape}, channels first, and {args.folder} "
+                  f"draws {shape}")
+    if n != args.fd:
+        data.fail(f"--fd {args.fd} must be a multiple of the number of rows of --label, as {n} is")
 
 
 def checkpoint_in(folder):

@@ -2454,7 +2454,7 @@ def test_what_cannot_be_judged_is_refused_with_the_reason(capsys, monkeypatch):
         ("out/moons --fd 5", "points --sweep"),
         (f"{run} --fd 5 --judge deaf", "deaf --drop 0 --judge"),
         (f"out/moons --fd 5 --judge {run}", "--judge (3, 16, 16) (2,)"),
-        (f"deaf --fd 12 --label all --judge {run}", "--fd 12 multiple 8"),
+        (f"deaf --fd 12 --label all --judge {run}", "--fd 12 multiple rows"),
         (f"{run} --fd 5 --judge drawn", "--judge out/faces-32"),
     ):
         refuses(capsys, words, sample.main, args.split())

@@ -210,8 +210,7 @@ def train(config, checkpoint, rank, world, device):
             break
 
     leave_processes(world)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, data.exit_on_signal)  # all is saved: whatever comes now may be cut short
+    heed_signals()  # all is saved: what comes now may be cut short
     if done < config.steps:
         print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
         sys.exit(128 + stop)
@@ -717,6 +716,12 @@ def note_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
     return received
+
+
+def heed_signals():
+    """From now on they end the program at once, as before `note_signals`."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, data.exit_on_signal)
 
 
 def stop_signal(received, world):
