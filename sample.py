@@ -212,8 +212,8 @@ def border_ratio(x, patch, stride):
 
 
 def progress(n):
-    """A function to call after every few of n samples: now and then it prints how far it is, and how long the rest
-    will take."""
+    """Returns a function to call after each batch with its size. Every five seconds it prints how many of the n samples
+    are done, and how long the rest will take."""
     began = reported = time.perf_counter()
     done = 0
 
@@ -232,10 +232,10 @@ def progress(n):
 
 
 def make_judge(args, device):
-    """(judge, shape): a function that takes n pictures, (n, C, H, W) on the CPU, and that shape, (C, H, W).
+    """(judge, shape). shape: of the pictures that the judge knows, (C, H, W). judge: a function of n such pictures.
 
-    It prints the Fréchet distance of their features to those of n held-out pictures of the judge's dataset, see
-    `features`. Beside it, the same of n training pictures: about what a perfect sampler would get.
+    It prints how far their features are from those of n held-out pictures of its dataset: the Fréchet distance, see
+    `features`. Beside it stands that of n training pictures, which is about what a perfect sampler would get.
     """
     run = args.judge or args.folder
     if holds_pictures(run):
@@ -317,7 +317,7 @@ def features(net, config, x, device, batch):
     t = 0.9
     layer = net.up2 if config.network == "unet" else net.blocks[(len(net.blocks) - 1) // 2]
     outputs, rows = [], []
-    hook = layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    hook = layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     e = noise_source(range(len(x)), x.shape[1:], 0, data.JUDGE, x.device)()
     report = progress(len(x))
     for part in torch.arange(len(x)).split(batch):
@@ -490,8 +490,8 @@ def sweep(net, config, z, y, batch, shift):
     """Prints how far each solver ends from a fine solution of the same flow, by evaluations of the network; for points
     also W2 to the data. In float32, so that rounding does not hide the differences.
 
-    The fine solution is RK4 in 100 steps. With an x-prediction that depends on its last step (by Euler, onto the
-    prediction): the later this starts, the more detail is predicted.
+    The fine solution is RK4 in 100 steps. With an x-prediction its last step is Euler's and lands on the prediction,
+    which has the more detail the later that step starts: so no number of steps is the exact end.
     """
     config = SimpleNamespace(**{**vars(config), "bf16": False})
 

@@ -2429,6 +2429,18 @@ def test_the_distance_of_samples_is_that_of_their_folder_whatever_the_batch(judg
     assert by_itself != approx(distance_of(capsys, judging_run, "--fd", 20, "--steps", 3, "--seed", 2), rel=1e-3)
 
 
+def test_the_judge_looks_through_noise_that_is_always_the_same_but_not_the_samplers(monkeypatch):
+    """Samples seen through the noise that they grew from would look unlike held-out pictures, however good."""
+    seen, noisy = [], sample.noisy
+    monkeypatch.setattr(sample, "noisy", lambda x, e, t, config: seen.append(e) or noisy(x, e, t, config))
+    config = Namespace(network="transformer", bf16=False, path="linear")
+    for _ in range(2):
+        sample.features(small("transformer").requires_grad_(False), config, torch.zeros(3, 3, 16, 16), CPU, batch=3)
+    first, again = seen
+    assert torch.equal(first, again) and first.std().item() == approx(1, abs=0.1)
+    assert (first * sample.noise(range(3), (3, 16, 16), seed=0)).mean().abs() < 0.1
+
+
 def test_what_cannot_be_judged_is_refused_with_the_reason(capsys, monkeypatch):
     monkeypatch.setattr(data, "FACES", 400)
     train_faces("--steps 2 --depth 2")
