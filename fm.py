@@ -195,11 +195,13 @@ def ot_pair(x, e, block=None):
 
 
 def velocity(net, predict="x", path=linear, y=None, y_null=None, guidance=1.0, interval=(0.1, 1.0), clamp=None):
-    """The network's velocity field v(z, t), with t a float, for `solve`.
+    """The network's velocity field v(z, t), with t a float, for `solve`. Or, if it has learnt shortcuts (see below),
+    v(z, s, t): the mean velocity from time s to time t.
 
     Guidance w is classifier-free (Ho & Salimans 2022, arXiv 2207.12598): v_null + w (v_y - v_null), for t within the
-    interval only (Kynkäänniemi et al. 2024, arXiv 2404.07724). y_null: y with all labels hidden. Within the interval
-    the network sees each z twice, with y and with y_null; elsewhere, and if w = 1, guidance costs nothing.
+    interval only (Kynkäänniemi et al. 2024, arXiv 2404.07724), or for shortcuts whose middle is. y_null: y with all
+    labels hidden. Within the interval the network sees each z twice, with y and with y_null; elsewhere, and if w = 1,
+    guidance costs nothing.
 
     clamp: as in `convert`. The default suits sampling:
     - x-prediction: none. At 50 steps, training's clamp would let the last step divide by 0.05 where 1-t is 0.02: it
@@ -212,13 +214,17 @@ def velocity(net, predict="x", path=linear, y=None, y_null=None, guidance=1.0, i
     if clamp is None:
         clamp = 0.0 if predict == "x" else CLAMP
 
-    def v(z, t):
-        guided = guidance != 1 and interval[0] <= t <= interval[1]
+    def v(z, s, t=None):
+        middle = s if t is None else (s + t) / 2
+        guided = guidance != 1 and interval[0] <= middle <= interval[1]
         inputs, labels = z, y
         if guided:  # both halves in one batch
             inputs, labels = torch.cat([z, z]), torch.cat([y, y_null])
-        times = torch.full((len(inputs),), t, dtype=z.dtype, device=z.device)
-        prediction = net(inputs, times, labels).to(z.dtype)
+        times = inputs.new_zeros(len(inputs)) + s
+        if t is None:
+            prediction = net(inputs, times, labels).to(z.dtype)
+        else:
+            prediction = net(inputs, times, labels, t - times).to(z.dtype)
         result = convert(prediction, predict, "v", inputs, times, path, clamp)
         if guided:
             v_y, v_null = result.chunk(2)
@@ -244,53 +250,56 @@ def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
         # thousandth, and Euler the rest.
         before, end = ts[-2:]
         ts.insert(-1, end - 1e-3 * (end - before))
-    for t, s in zip(ts, ts[1:]):
-        if end_euler and s == ts[-1]:
-            z = euler(v, z, t, s)
+    for s, t in zip(ts, ts[1:]):
+        if end_euler and t == ts[-1]:
+            z = euler(v, z, s, t)
             nfe += 1
         elif solver == "dopri5":
-            z, evaluations = dopri5(v, z, t, s, tol)
+            z, evaluations = dopri5(v, z, s, t, tol)
             nfe += evaluations
+        elif solver == "shortcut":
+            z = z + (t - s) * v(z, s, t)  # see below
+            nfe += 1
         else:
             step, evaluations = FIXED_STEP[solver]
-            z = step(v, z, t, s)
+            z = step(v, z, s, t)
             nfe += evaluations
         if states is not None:
             states.append(z)
     return z, nfe
 
 
-def euler(v, z, t, s):
-    """One step from time t to time s along the velocity at t. Order 1: half the step, half the error."""
-    return z + (s - t) * v(z, t)
+def euler(v, z, s, t):
+    """One step from time s to time t along the velocity at s. Order 1: half the step, half the error."""
+    return z + (t - s) * v(z, s)
 
 
-def heun(v, z, t, s):
+def heun(v, z, s, t):
     """The mean of the velocities at both ends of an Euler step. Order 2."""
-    k1 = v(z, t)
-    k2 = v(z + (s - t) * k1, s)
-    return z + (s - t) / 2 * (k1 + k2)
+    k1 = v(z, s)
+    k2 = v(z + (t - s) * k1, t)
+    return z + (t - s) / 2 * (k1 + k2)
 
 
-def midpoint(v, z, t, s):
+def midpoint(v, z, s, t):
     """The velocity in the middle of an Euler step. Order 2."""
-    middle = (t + s) / 2
-    z_middle = z + (middle - t) * v(z, t)
-    return z + (s - t) * v(z_middle, middle)
+    middle = (s + t) / 2
+    z_middle = z + (middle - s) * v(z, s)
+    return z + (t - s) * v(z_middle, middle)
 
 
-def rk4(v, z, t, s):
+def rk4(v, z, s, t):
     """The classical Runge-Kutta method. Order 4."""
-    h, middle = s - t, (t + s) / 2
-    k1 = v(z, t)
+    h, middle = t - s, (s + t) / 2
+    k1 = v(z, s)
     k2 = v(z + h / 2 * k1, middle)
     k3 = v(z + h / 2 * k2, middle)
-    k4 = v(z + h * k3, s)
+    k4 = v(z + h * k3, t)
     return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 
-def dopri5(v, z, t, s, tol):
-    """From t to s in steps that adapt: each keeps the estimated error below tol (1 + |z|), as a root mean square over
+def dopri5(v, z, s, t, tol):
+    """From s to t in steps that adapt: each keeps the estimated error below tol (1 + |z|), as a root mean square over
     the whole batch (Dormand & Prince 1980). Order 5. scipy does it, in float64 on the CPU. Returns z and the NFE."""
 
     def flat_velocity(time, flat):
@@ -298,7 +307,7 @@ def dopri5(v, z, t, s, tol):
         return v(state, time).flatten().cpu().numpy()
 
     start = z.flatten().cpu().numpy()
-    ode = RK45(flat_velocity, t, start, s, rtol=tol, atol=tol, first_step=abs(s - t) / 10)
+    ode = RK45(flat_velocity, s, start, t, rtol=tol, atol=tol, first_step=abs(t - s) / 10)
     while ode.status == "running":
         ode.step()
     if ode.status == "failed":
@@ -307,13 +316,17 @@ def dopri5(v, z, t, s, tol):
 
 
 FIXED_STEP = {"euler": (euler, 1), "heun": (heun, 2), "midpoint": (midpoint, 2), "rk4": (rk4, 4)}  # step, evaluations
-SOLVERS = [*FIXED_STEP, "dopri5"]
+SOLVERS = [*FIXED_STEP, "dopri5", "shortcut"]
 
 
 def time_grid(steps, shift=1.0):
     """steps + 1 times from 0 (noise) to 1 (data), equally spaced. A shift above 1 makes steps smaller near
     the noise: it divides the odds t / (1-t) (Esser et al. 2024, arXiv 2403.03206, section 5.3.2)."""
-    return [i / (i + shift * (steps - i)) for i in range(steps + 1)]
+    return [grid_time(i, steps, shift) for i in range(steps + 1)]
+
+
+def grid_time(i, steps, shift):
+    return i / (i + shift * (steps - i))
 
 
 def solve_with_churn(v, z, ts, churn, new_noise, path=linear, solver="heun", end_euler=False, states=None, tol=1e-4):
@@ -330,13 +343,13 @@ def solve_with_churn(v, z, ts, churn, new_noise, path=linear, solver="heun", end
     sigma held fixed the random part has an exact solution: it keeps a fraction of the noise and draws the rest anew.
     """
     nfe = 0
-    for t, s in zip(ts, ts[1:]):
-        times = torch.full((len(z),), t, dtype=z.dtype, device=z.device)
-        _, sigma, _, _ = path(torch.tensor(t, dtype=z.dtype))
-        e = convert(v(z, t), "v", "e", z, times, path)
-        keep = torch.exp(-churn * (s - t) / sigma)
+    for s, t in zip(ts, ts[1:]):
+        times = torch.full((len(z),), s, dtype=z.dtype, device=z.device)
+        _, sigma, _, _ = path(torch.tensor(s, dtype=z.dtype))
+        e = convert(v(z, s), "v", "e", z, times, path)
+        keep = torch.exp(-churn * (t - s) / sigma)
         z = z + sigma * ((keep - 1) * e + (1 - keep**2).sqrt() * new_noise())
-        z, evaluations = solve(v, z, [t, s], solver, end_euler and s == ts[-1], tol=tol)
+        z, evaluations = solve(v, z, [s, t], solver, end_euler and t == ts[-1], tol=tol)
         nfe += 1 + evaluations
         if states is not None:
             states.append(z)
@@ -355,22 +368,75 @@ def inpaint(v, z, x, hole, new_noise, ts, path=linear, solver="heun", end_euler=
     gets another chance (RePaint, Lugmayr et al. 2022, arXiv 2201.09865, who did it for diffusion).
     """
     nfe = 0
-    for t, s in zip(ts, ts[1:]):
-        alpha_t, sigma_t, _, _ = path(torch.tensor(t, dtype=z.dtype))
+    for s, t in zip(ts, ts[1:]):
         alpha_s, sigma_s, _, _ = path(torch.tensor(s, dtype=z.dtype))
+        alpha_t, sigma_t, _, _ = path(torch.tensor(t, dtype=z.dtype))
         for turn in range(repeats):
             if turn > 0:
-                # Back from s to t: scale z so that it holds alpha_t x; its noise is then scale * sigma_s, and new noise
-                # brings it up to sigma_t.
-                scale = alpha_t / alpha_s
-                missing = (sigma_t**2 - (scale * sigma_s) ** 2).sqrt()
+                # Back from t to s: scale z so that it holds alpha_s x; its noise is then scale * sigma_t, and new noise
+                # brings it up to sigma_s.
+                scale = alpha_s / alpha_t
+                missing = (sigma_s**2 - (scale * sigma_t) ** 2).sqrt()
                 z = scale * z + missing * new_noise()
-            z, evaluations = solve(v, z, [t, s], solver, end_euler and s == ts[-1], tol=tol)
+            z, evaluations = solve(v, z, [s, t], solver, end_euler and t == ts[-1], tol=tol)
             nfe += evaluations
-            z = torch.where(hole, z, alpha_s * x + sigma_s * new_noise())
+            z = torch.where(hole, z, alpha_t * x + sigma_t * new_noise())
         if states is not None:
             states.append(z)
     return z, nfe
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One step: shortcuts, which train.py --shortcut learns beside the flow.
+#
+# Solvers take many steps because the velocity changes on the way. But a network can also learn the mean velocity
+# u(z, s, t) of the flow on its way from z, at time s, to the place X where it is at time t:
+#
+#     X(z, s, t) = z + (t - s) u(z, s, t)              u(z, s, s) = v(z, s)
+#
+# Then X(e, 0, 1) is a sample, in one evaluation. Nobody has to solve an ODE to learn u. A shortcut must land where two
+# of half its length land, one after the other:
+#
+#     (t - s) u(z, s, t) = (m - s) u(z, s, m) + (t - m) u(z_m, m, t)              z_m = X(z, s, m)
+#
+# So each length is learnt from the next shorter one, and the shortest from the flow (Frans et al. 2024, "shortcut
+# models", arXiv 2410.12557; for any s, m, t: Boffi et al. 2025, arXiv 2505.18825).
+
+SHORTCUT_STEPS = (1, 2, 4, 8, 16)  # into which the way from noise to data may be cut
+
+
+def sample_shortcuts(n, shift=1.0, generator=None, device=None):
+    """n random shortcuts: the times (s, m, t) at which they start, are halfway and end, and whether they are of the
+    shortest kind; (n,) each. They are steps of `time_grid` with 1, 2, 4, 8 or 16 steps, all equally often."""
+    steps = 2 ** torch.randint(len(SHORTCUT_STEPS), (n,), generator=generator, device=device)
+    i = torch.floor(steps * torch.rand(n, generator=generator, device=device))
+    s, m, t = (grid_time(i + part, steps, shift) for part in (0, 0.5, 1))
+    return s, m, t, steps == SHORTCUT_STEPS[-1]
+
+
+def shortcut_target(u, z, s, m, t, shortest):
+    """The mean velocity from s to t, by way of m: that of two shortcuts, or of two Euler steps if it is of the shortest
+    kind. s, m, t and shortest are (B,). The result has the shape of z."""
+    first = u(z, s, torch.where(shortest, s, m))
+    z_m = z + per_sample(m - s, z) * first
+    second = u(z_m, m, torch.where(shortest, m, t))
+    w = per_sample((t - m) / (t - s), z)
+    return (1 - w) * first + w * second
+
+
+def shortcut_loss(net, teacher, x, e, s, m, t, shortest, y=None, predict="x", path=linear):
+    """How far the network's shortcuts from s to t are from the teacher's two on the same way, for each sample, (B,).
+    The squared error is taken on what the network predicts.
+
+    teacher: the averaged network, which learns nothing here. s, m, t, shortest: as from `sample_shortcuts`.
+    """
+    alpha, sigma, _, _ = path(per_sample(s, x))
+    z = alpha * x + sigma * e
+    with torch.no_grad():
+        u = shortcut_target(velocity(teacher, predict, path, y), z, s, m, t, shortest)
+        target = convert(u, "v", predict, z, s, path)
+    prediction = net(z, s, y, t - s).to(z.dtype)
+    return (prediction - target).square().flatten(1).mean(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------

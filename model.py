@@ -1,4 +1,5 @@
-"""The networks, written out from torch's basic layers. All take (z, t, y=None) and return a tensor shaped as z.
+"""The networks, written out from torch's basic layers. All take (z, t, y=None, length=None) and return a tensor shaped
+as z.
 
     python model.py      draws patches and positions into out/figures/, and lists what the parts cost
 
@@ -67,22 +68,45 @@ def hide(y, where):
     return y
 
 
+class Length(nn.Module):
+    """For networks that learn shortcuts, see fm.py: how much time one is to cover, (B,) -> a vector to add to the
+    time's. Without shortcuts it adds nothing."""
+
+    def __init__(self, shortcut, dim):
+        super().__init__()
+        if shortcut:  # starts at 0: at first, all shortcuts follow the velocity at their start
+            self.net = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), zeroed(nn.Linear(dim, dim)))
+        else:
+            self.net = None
+
+    def forward(self, length, t):
+        if self.net is None:
+            return 0
+        if length is None:
+            length = torch.zeros_like(t)  # the flow itself
+        return self.net(sinusoidal(length, 256))  # (B, D)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # MLP, for points
 
 
 class MLP(nn.Module):
-    """Time is one more input number."""
+    """Time is one more input number; with shortcuts, so is their length, 0 for the flow itself."""
 
-    def __init__(self, dim=2, width=64, depth=3):
+    def __init__(self, dim=2, width=64, depth=3, shortcut=False):
         super().__init__()
-        layers = [nn.Linear(dim + 1, width), nn.SiLU()]
+        self.shortcut = shortcut
+        layers = [nn.Linear(dim + 1 + shortcut, width), nn.SiLU()]
         for _ in range(depth - 1):
             layers += [nn.Linear(width, width), nn.SiLU()]
         self.net = nn.Sequential(*layers, nn.Linear(width, dim))
 
-    def forward(self, z, t, y=None):
-        return self.net(torch.cat([z, t[:, None]], dim=1))  # (B, dim + 1) -> (B, dim)
+    def forward(self, z, t, y=None, length=None):
+        inputs = [z, t[:, None]]
+        if self.shortcut:
+            inputs.append(torch.zeros_like(t)[:, None] if length is None else length[:, None])
+        return self.net(torch.cat(inputs, dim=1))  # (B, dim + 1 or 2) -> (B, dim)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -300,7 +324,7 @@ class Transformer(nn.Module):
     2025, arXiv 2511.13720). The defaults are the sizes of the paper's JiT-B/16 for 256 pixels, with overlap."""
 
     def __init__(self, res, channels=3, patch=16, stride=12, width=768, depth=12, heads=12, norm="rms",
-                 attention="auto", labels=0, bottleneck=128):
+                 attention="auto", labels=0, bottleneck=128, shortcut=False):
         super().__init__()
         check_stride(res, patch, stride)
         self.res, self.patch, self.stride = res, patch, stride
@@ -311,6 +335,7 @@ class Transformer(nn.Module):
         self.embed = nn.Sequential(nn.Linear(P, bottleneck, bias=False), nn.Linear(bottleneck, width))
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.labels = Labels(labels, width)
+        self.length = Length(shortcut, width)
         self.blocks = nn.ModuleList(Block(side, width, heads, norm, attention) for _ in range(depth))
         self.norm = NORMS[norm](width)
         self.head = nn.Linear(width, P)
@@ -318,8 +343,8 @@ class Transformer(nn.Module):
             zeroed(self.head)  # start from 0 (grey) rather than from random pixels; Derf's paper keeps the usual start
         self.position = nn.Buffer(position_table(side, width), persistent=False)
 
-    def forward(self, z, t, y=None):
-        c = F.silu(self.time(sinusoidal(t, 256)) + self.labels(y))  # (B, D)
+    def forward(self, z, t, y=None, length=None):
+        c = F.silu(self.time(sinusoidal(t, 256)) + self.labels(y) + self.length(length, t))  # (B, D)
         h = self.embed(patchify(z, self.patch, self.stride))  # (B, N, D)
         h = h + self.position.to(h.dtype)
         for block in self.blocks:
@@ -378,7 +403,7 @@ class UNet(nn.Module):
     """Down to a quarter of the resolution, where attention is affordable, and up again. On the way up the two
     upper levels also get what they computed on the way down, so detail need not pass through the bottom."""
 
-    def __init__(self, res, channels=1, width=32, depth=2, heads=4, attention="auto", labels=0):
+    def __init__(self, res, channels=1, width=32, depth=2, heads=4, attention="auto", labels=0, shortcut=False):
         """depth: residual blocks per level, on the way down and again on the way up."""
         super().__init__()
         if res % 4 or width % 16:
@@ -387,6 +412,7 @@ class UNet(nn.Module):
         W, D = width, 4 * width
         self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.labels = Labels(labels, D)
+        self.length = Length(shortcut, D)
         self.embed = nn.Conv2d(channels, W, 3, padding=1)
         self.down1 = Level(W, W, D, depth)
         self.down2 = Level(W, 2 * W, D, depth)
@@ -405,8 +431,8 @@ class UNet(nn.Module):
         # layout, too. It takes a quarter off the step on a CPU.
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, z, t, y=None):
-        c = F.silu(self.time(sinusoidal(t, 256)) + self.labels(y))  # (B, D)
+    def forward(self, z, t, y=None, length=None):
+        c = F.silu(self.time(sinusoidal(t, 256)) + self.labels(y) + self.length(length, t))  # (B, D)
         h1 = self.down1(self.embed(z), c)  # (B, W, R, R)
         h2 = self.down2(F.avg_pool2d(h1, 2), c)  # (B, 2W, R/2, R/2)
         h = self.down3(F.avg_pool2d(h2, 2), c)  # (B, 4W, R/4, R/4)

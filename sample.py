@@ -41,7 +41,7 @@ def generate(net, config, z, steps, solver="euler", y=None, guidance=1.0, interv
     ts = [start + (1 - start) * t for t in fm.time_grid(steps, shift or usual_shift(config))]
     if solver == "dopri5" and states is None and new_noise is None:
         ts = [start, 1.0]  # it chooses its own steps; only a GIF or new noise on the way needs the states between
-    end_euler = config.predict == "x"
+    end_euler = config.predict == "x" and solver != "shortcut"
     # No bfloat16 with dopri5: it would take the rounding for its own error, and shorten its steps.
     with autocast(z.device, config.bf16 and solver != "dopri5"):
         if inpaint is not None:
@@ -122,6 +122,8 @@ def main(argv=None):
     if config.network == "mlp" and device.type == "cpu":
         torch.set_num_threads(1)  # layers of microseconds are slower when threads share them
     rows = parse_label(args.label, checkpoint)
+    if args.solver == "shortcut" and not config.shortcut:
+        data.fail(f"{args.folder} has not learnt shortcuts: train.py --shortcut does")
     if config.drop == 0 and checkpoint["label_names"] and (rows is None or args.guidance != 1):
         data.fail("with --drop 0 no label was ever hidden in training: this network needs a --label, and cannot do "
                   "--guidance or --bpd")
@@ -507,6 +509,9 @@ def sweep(net, config, z, y, batch, shift):
     points = config.dataset in data.POINTS
     fresh = data.points(config.dataset, len(z), data.seed_from(1, data.HELD_OUT, 0)) if points else None
     trials = []  # solver, steps, tol
+    if config.shortcut:
+        for steps in fm.SHORTCUT_STEPS:
+            trials.append(("shortcut", steps, None))
     for solver, (_, evaluations) in fm.FIXED_STEP.items():
         for nfe in (4, 8, 16, 32, 64):
             trials.append((solver, nfe // evaluations, None))
@@ -575,6 +580,11 @@ def parse_flags(argv):
         data.fail("--judge goes with --fd N")
     if args.fd:
         args.n = args.fd
+    if args.solver == "shortcut":
+        if args.steps not in fm.SHORTCUT_STEPS:
+            data.fail(f"--solver shortcut takes --steps {', '.join(str(steps) for steps in fm.SHORTCUT_STEPS)}")
+        if args.shift or args.source:
+            data.fail("--solver shortcut works without --shift and --from: it has learnt steps between certain times")
     if args.guidance != 1 and not args.label:
         data.fail("--guidance needs a --label to pull towards")
     if args.guidance != 1 and (args.bpd or args.sweep or args.invert):
@@ -676,7 +686,9 @@ def read_checkpoint(file):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         checkpoint["network"] = model.build(**checkpoint["net"])
         checkpoint["network"].load_state_dict(checkpoint["ema"])
-        fields = {"dim": 2, **{RENAMED.get(name, name): value for name, value in checkpoint["config"].items()}}
+        fields = {"dim": 2, "shortcut": False}  # which older ones do not say
+        for name, value in checkpoint["config"].items():
+            fields[RENAMED.get(name, name)] = value
         checkpoint["config"] = SimpleNamespace(**fields)
         checkpoint.setdefault("multi_hot", fields["dataset"] in ("faces", "celeba"))
         checkpoint.setdefault("content", None)  # older ones do not say

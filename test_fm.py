@@ -240,7 +240,7 @@ def test_ot_pair_refuses_what_is_not_finite():
 def test_guidance_is_off_at_1_and_outside_its_interval_and_takes_one_batch_inside():
     batches = []
 
-    def net(z, t, y):  # its velocity is the label, 3, or -1 where the label is hidden
+    def net(z, t, y, length=None):  # its velocity is the label, 3, or -1 where the label is hidden
         batches.append(len(z))
         return z * 0 + y[:, None].float()
 
@@ -249,6 +249,7 @@ def test_guidance_is_off_at_1_and_outside_its_interval_and_takes_one_batch_insid
     for guidance, t, velocity, batch in rows:
         v = fm.velocity(net, "v", y=y, y_null=y_null, guidance=guidance, interval=(0.1, 0.9))
         assert (v(z, t) == velocity).all() and batches[-1] == batch
+        assert (v(z, t - 0.05, t + 0.05) == velocity).all() and batches[-1] == batch  # a shortcut counts by its middle
 
 
 @parametrize("predict,mean,std", [("x", 2, 0.5), ("v", 2, 0.5), ("e", 1.974, 0.513)])
@@ -321,6 +322,125 @@ def test_inpainting_keeps_what_is_known_and_every_state_on_the_path(path):
         alpha, sigma, _, _ = path(torch.tensor(s))
         assert_allclose(z.mean(0), 2 * alpha, atol=0.03)
         assert_allclose(z.std(0), sigma, rtol=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# fm.py: shortcuts
+
+
+def gaussian_mean_velocity(path, mean, std):
+    """u(z, s, t) where the data are N(mean, std^2). At each time z is normal, so the flow shifts and stretches it from
+    one normal distribution to the other. At s = t: its derivative by t."""
+
+    def u(z, s, t):
+        s, t = s[:, None], t[:, None]
+        t = torch.where(s == t, s + 1e-7, t)
+        moments = []
+        for time in (s, t):
+            alpha, sigma, _, _ = path(time)
+            moments.append((alpha * mean, ((alpha * std) ** 2 + sigma**2).sqrt()))
+        (mean_s, std_s), (mean_t, std_t) = moments
+        landed = mean_t + std_t / std_s * (z - mean_s)
+        return (landed - z) / (t - s)
+
+    return u
+
+
+def some_shortcuts(n, shift=1.0):
+    s, m, t, shortest = fm.sample_shortcuts(n, shift)
+    return s.double(), m.double(), t.double(), shortest
+
+
+@parametrize("shift", [1.0, 3.0])
+def test_shortcuts_are_steps_of_the_grids_of_1_to_16_steps_each_grid_equally_often(shift):
+    s, m, t, shortest = fm.sample_shortcuts(100_000, shift)
+    counted = 0
+    for steps in (1, 2, 4, 8, 16):
+        grid, halves = torch.tensor(fm.time_grid(steps, shift)), torch.tensor(fm.time_grid(2 * steps, shift)[1::2])
+        for start, middle, end in zip(grid, halves, grid[1:]):
+            here = (s - start).abs() + (t - end).abs() < 1e-6
+            assert here.float().mean().item() == approx(0.2 / steps, rel=0.1)
+            assert_close(m[here], middle.expand(int(here.sum())))
+            assert (shortest[here] == (steps == 16)).all()
+            counted += int(here.sum())
+    assert counted == 100_000
+
+
+@every_path
+def test_two_shortcuts_of_the_exact_flow_land_where_one_does_and_the_shortest_are_two_euler_steps(path):
+    u, z = gaussian_mean_velocity(path, 1.3, 0.6), normal(200, 3)
+    s, m, t, shortest = some_shortcuts(200, shift=2.0)
+    target = fm.shortcut_target(u, z, s, m, t, shortest)
+    assert 10 < shortest.sum() < 100
+    assert_close(target[~shortest], u(z, s, t)[~shortest])
+    v = gaussian_field(path, 1.3, 0.6)
+    for i in shortest.nonzero()[:10, 0]:
+        landed, _ = fm.solve(v, z[i : i + 1], [s[i].item(), m[i].item(), t[i].item()])
+        assert_close(z[i] + (t - s)[i] * target[i], landed[0], atol=1e-6, rtol=0)
+
+
+@parametrize("predict", ["x", "v"])
+@every_path
+def test_the_loss_of_shortcuts_is_the_squared_error_of_the_prediction_and_0_for_the_exact_flow(path, predict):
+    u, error = gaussian_mean_velocity(path, 1.3, 0.6), normal(200, 3)
+
+    def net(z, t, y, length=None):
+        end = t if length is None else t + length
+        return fm.convert(u(z, t, end), "v", predict, z, t, path)
+
+    def off(z, t, y, length):
+        return net(z, t, y, length) + error
+
+    x, e = normal(200, 3), normal(200, 3)
+    s, m, t, _ = some_shortcuts(200)
+    never = torch.zeros(200, dtype=bool)
+    assert fm.shortcut_loss(net, net, x, e, s, m, t, never, None, predict, path).max() < 1e-12
+    loss = fm.shortcut_loss(off, net, x, e, s, m, t, never, None, predict, path)
+    assert_close(loss, error.square().mean(1), atol=1e-6, rtol=0)
+
+
+def test_the_flow_through_data_of_finitely_many_points_is_learnt_in_one_step_from_its_own_halves():
+    """The teacher follows the exact velocity in 64 steps of RK4; what two such shortcuts add up to is what one is."""
+    points = normal(5, 2)
+    v = fm.exact_velocity(points)
+
+    def u(z, s, t):
+        rows = []
+        for start, a, b in zip(z, s.tolist(), t.tolist()):
+            end, _ = fm.solve(v, start[None], np.linspace(a, b, 65).tolist(), "rk4", end_euler=b == 1)
+            rows.append((end[0] - start) / (b - a))
+        return torch.stack(rows)
+
+    s = torch.tensor([0.0, 0.0, 0.5, 0.25], dtype=torch.float64)
+    t = torch.tensor([1.0, 0.5, 1.0, 0.5], dtype=torch.float64)
+    z, never = normal(4, 2), torch.zeros(4, dtype=bool)
+    target = fm.shortcut_target(u, z, s, (s + t) / 2, t, never)
+    assert_close(target, u(z, s, t), atol=1e-3, rtol=0)
+    landed = z[:1] + target[:1]
+    assert torch.cdist(landed, points).min() < 0.01
+
+
+def test_a_network_that_learns_shortcuts_takes_noise_to_a_gaussian_in_one_step_and_its_jumps_compose():
+    torch.manual_seed(0)
+    net = model.build("mlp", dim=1, width=32, shortcut=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for step in range(1200):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / 1200)
+        x, e = 1.3 + 0.6 * torch.randn(256, 1), torch.randn(256, 1)
+        loss = fm.loss(net, x, e, torch.rand(256), predict="v").mean()
+        loss = loss + fm.shortcut_loss(net, net, x, e, *fm.sample_shortcuts(256), predict="v").mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    u, e = fm.velocity(net, "v"), torch.linspace(-2, 2, 9)[:, None]
+    landed = {}
+    for steps in fm.SHORTCUT_STEPS:
+        landed[steps], nfe = fm.solve(u, e, fm.time_grid(steps), "shortcut")
+        assert nfe == steps
+        assert_close(landed[steps], 1.3 + 0.6 * e, atol=0.06, rtol=0)
+    euler, _ = fm.solve(u, e, fm.time_grid(1), "euler")
+    assert (euler - (1.3 + 0.6 * e)).abs().max() > 0.5  # which one step of the flow itself does not
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -537,6 +657,17 @@ def test_labels_weigh_about_as_much_as_time_before_training(kind):
     of_time = net.time(model.sinusoidal(torch.rand(512), 256)).std(0).mean()
     of_label = net.labels(torch.arange(8)).std(0).mean()
     assert 0.5 < of_label / of_time < 5
+
+
+@parametrize("kind", SMALL)
+def test_only_a_network_that_learns_shortcuts_has_weights_for_their_length_and_length_0_is_the_flow(kind):
+    assert not any("length" in name for name, _ in small(kind).named_parameters())
+    net = small(kind, shortcut=True)
+    z, t = torch.randn(4, *((2,) if kind == "mlp" else (3, 16, 16))), torch.full((4,), 0.5)
+    flow = net(z, t)
+    assert torch.equal(net(z, t, None, torch.zeros(4)), flow)
+    assert (net(z, t, None, torch.full((4,), 0.5)) - flow).abs().max() > 1e-3
+    assert (model.Length(True, 8)(torch.rand(4), t) == 0).all()  # before training it adds nothing
 
 
 @parametrize("kind,layer,for_each_depth,beside", [
@@ -1772,6 +1903,39 @@ def test_a_batch_follows_from_seed_step_and_rank_and_ranks_share_its_pictures():
         assert not any(torch.equal(a, b) for a, b in zip(second, other))
 
 
+def test_shortcuts_take_half_of_a_batch_once_the_cool_down_begins_and_leave_the_rest_of_it_as_it_was():
+    images, labels, _, _ = data.load("faces")
+    fields = {"batch": 9, "steps": 10, "cooldown": 0.4, "jitter": 0.1}
+    without, config = train.resolve(fields), train.resolve({**fields, "shortcut": True})
+
+    def draw(config, step):
+        return train.draw_batch(config, images, labels, step, 0, 1, CPU)
+
+    assert equal(draw(config, 5), draw(without, 5)) and draw(config, 5)[-1] is None
+    x, e, t, y, jitter, shortcuts = draw(config, 6)
+    plain = draw(without, 6)
+    assert equal((x, e, t, y, jitter), (*plain[:2], plain[2][:5], plain[3], plain[4][:5]))
+    assert [len(part) for part in shortcuts] == [4] * 4
+
+
+def test_shortcuts_are_learnt_from_the_averaged_network_and_count_as_much_as_the_flow(monkeypatch):
+    """The gradient is the mean of the two gradients, and what is reported is the flow's loss."""
+    images, labels, _, _ = data.load("moons")
+    config = train.resolve({"dataset": "moons", "shortcut": True, "steps": 10, "lr": 0.1, "warmup": 0, "cooldown": 1.0,
+                            "clip": 1e9})
+    net, ema = small("mlp", shortcut=True), small("mlp", shortcut=True).requires_grad_(False)
+    x, e, t, y, _, shortcuts = batch = train.draw_batch(config, images, labels, 0, 0, 1, CPU)
+    assert len(x) == 256 and len(t) == 128
+    flow = fm.loss(net, x[:128], e[:128], t, predict="v").mean()
+    others = fm.shortcut_loss(net, ema, x[128:], e[128:], *shortcuts, predict="v").mean()
+    gradient = torch.autograd.grad((flow + others) / 2, list(net.parameters()))
+    gradient = torch.cat([part.flatten() for part in gradient])
+    before = weights_of(net)
+    loss = train.train_step(config, 0, net, ema, [torch.optim.SGD(net.parameters(), lr=1.0)], batch)
+    assert_close(weights_of(net), before - train.learning_rate(config, 0) * gradient)
+    assert loss.item() == approx(flow.item())
+
+
 def test_about_half_of_the_pictures_are_mirrored_left_to_right():
     images, labels, _, _ = data.load("faces")
     with_flip, without = train.resolve({"batch": 16}), train.resolve({"batch": 16, "flip": False})
@@ -1788,7 +1952,7 @@ def test_labels_are_hidden_one_by_one_and_stay_with_their_pictures_under_ot():
         config = train.resolve({"batch": 40, "flip": False, "drop": 0.25, **fields})
         return train.draw_batch(config, images, labels, 3, 0, 1, CPU)
 
-    x, e, _, y, _ = draw(ot=True)
+    x, e, _, y, *_ = draw(ot=True)
     hidden = (y == model.Labels.HIDDEN).all(1)
     assert 2 < hidden.sum() < 20
     places = (images[:, None] == data.to_uint8(x)).all((2, 3, 4)).argmax(0)  # where each one comes from
@@ -1883,7 +2047,8 @@ def average_after(flags):
     "--predict e", "--target x", "--path cosine", "--times uniform", "--t-mean 0.5", "--ot", "--lr 0.01", "--warmup 0",
     "--cooldown 0", "--decay 0.5", "--clip 0.001", "--seed 1", "--batch 4", "--no-flip", "--norm derf",
     "--attention fused", "--optimizer adamw", "--no-bf16", "--patch 4", "--stride 8", "--depth 2", "--heads 4",
-    "--ema 0.1", "--width 64", "--network unet", "--cond all", "--cond smiling,hat", "--cover 0.5", "--jitter 0.1"])
+    "--ema 0.1", "--width 64", "--network unet", "--cond all", "--cond smiling,hat", "--cover 0.5", "--jitter 0.1",
+    "--shortcut"])
 def test_every_flag_changes_the_training(flag):
     if flag == "--no-bf16" and not sample.has_bf16(CPU):
         pytest.skip("this CPU does not multiply in bfloat16")
@@ -2050,7 +2215,8 @@ def test_mnist_downloads_trains_by_unet_or_transformer_and_samples_by_label(flag
 
 
 @parametrize("run,flags", [(train_moons, ""), (train_moons, "--ot"), (train_faces, ""),
-                                       (train_moons, "--predict x --path cosine")])
+                                       (train_moons, "--predict x --path cosine"), (train_moons, "--shortcut"),
+                                       (train_faces, "--shortcut --cooldown 0.6 --jitter 0.1")])
 def test_resuming_equals_never_stopping_to_the_bit(run, flags):
     flags += " --report 5 --preview 10"
     averaged = run(f"{flags} --steps 20 --out once")
@@ -2131,7 +2297,8 @@ def test_a_new_run_sets_the_old_one_aside():
 
 
 @needs_unix
-def test_two_processes_learn_what_one_does_with_the_same_batch(monkeypatch):
+@parametrize("flags", ["--steps 20", "--steps 20 --shortcut"])
+def test_two_processes_learn_what_one_does_with_the_same_batch(flags, monkeypatch):
     """Rank r draws noise from (seed, step, r), so the one process is given both ranks' draws. What remains is the
     order in which float32 gradients are summed; AdamW divides by their size, so where that is tiny the rounding shows:
     1e-4 after 20 steps of up to 8e-4 each. The ranks themselves must agree to the bit."""
@@ -2142,7 +2309,7 @@ def test_two_processes_learn_what_one_does_with_the_same_batch(monkeypatch):
         "train.wasserstein = lambda *_: {0: 0.0}\n"
         "torch.save(train.main(sys.argv[1:]).state_dict(), f'rank{os.environ[\"RANK\"]}.pt')\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py"]
-    done = subprocess.run([*launch, *MOONS, "--steps", "20"], capture_output=True, text=True)
+    done = subprocess.run([*launch, *MOONS, *flags.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 x cpu") == 1  # only the first one prints
     first, second = state(".", "rank0.pt"), state(".", "rank1.pt")
@@ -2150,11 +2317,15 @@ def test_two_processes_learn_what_one_does_with_the_same_batch(monkeypatch):
     draw_batch = train.draw_batch
 
     def draw_both_shares(config, images, labels, step, rank, world, device):
-        shares = [draw_batch(config, images, labels, step, rank, 2, device) for rank in (0, 1)]
-        return [None if a is None else torch.cat([a, b]) for a, b in zip(*shares)]
+        (x, e, t, y, _, shortcuts), (x2, e2, t2, y2, _, shortcuts2) = [
+            draw_batch(config, images, labels, step, rank, 2, device) for rank in (0, 1)]
+        n = len(t)  # of each share; what follows learns shortcuts
+        x, e, y = (torch.cat([a[:n], b[:n], a[n:], b[n:]]) for a, b in ((x, x2), (e, e2), (y, y2)))
+        both = [torch.cat(pair) for pair in zip(shortcuts, shortcuts2)] if shortcuts else None
+        return x, e, torch.cat([t, t2]), y, None, both
 
     monkeypatch.setattr(train, "draw_batch", draw_both_shares)
-    one = train_moons("--steps 20").state_dict()
+    one = train_moons(flags).state_dict()
     assert_close(one, first, atol=1e-4, rtol=0)
 
 
@@ -2176,7 +2347,7 @@ def test_the_step_is_compiled_if_asked_to(monkeypatch):
     train_moons("--steps 1 --no-compile")
     assert len(compiled) == 0
     train_moons("--steps 1 --compile")
-    assert len(compiled) == 1
+    assert len(compiled) == 2  # the network, and its average, which shortcuts learn from
 
 
 @pytest.fixture
@@ -2217,6 +2388,39 @@ def sampled(run, flags="", to="x.npy"):
     if Path(to).suffix:
         return Image.open(to)
     return np.stack([Image.open(file) for file in sorted(Path(to).glob("0*.png"))])
+
+
+@pytest.fixture(scope="module")
+def shortcut_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shortcut")
+    done = command("train.py", "--res", 16, *TINY, "--steps", 4, "--cond", "all", "--shortcut", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "out/faces-16"
+
+
+def test_one_shortcut_is_the_picture_that_the_network_draws_from_noise_for_all_of_the_time(shortcut_run):
+    net = sample.read_checkpoint(shortcut_run / "ckpt.pt")["network"]
+    e, now, all_of_it = sample.noise(range(2), (3, 16, 16), seed=0), torch.zeros(2), torch.ones(2)
+    drawn = sampled(shortcut_run, "--solver shortcut --steps 1")
+    assert_close(torch.from_numpy(drawn), net(e, now, None, all_of_it).detach(), atol=1e-5, rtol=1e-4)
+
+
+@parametrize("flags,shape", [
+    ("--steps 16", (2, 3, 16, 16)), ("--steps 2 --label all --guidance 2 --n 8", (8, 3, 16, 16)),
+    ("--steps 2 --churn 1", (2, 3, 16, 16)), ("--steps 2 --interpolate 3", (6, 3, 16, 16)),
+    ("--steps 4 --inpaint a.png --mask white.png", (2, 3, 16, 16))])
+def test_shortcuts_serve_wherever_a_solver_does(shortcut_run, flags, shape, capsys):
+    save_picture("a.png")
+    halves(255, 255, "L").save("white.png")
+    x = sampled(shortcut_run, "--solver shortcut " + flags)
+    assert x.shape == shape and np.isfinite(x).all() and "steps of shortcut" in capsys.readouterr().out
+
+
+def test_the_solvers_of_the_flow_take_no_notice_of_shortcuts_and_a_sweep_has_both(shortcut_run, capsys):
+    assert sampled(shortcut_run, "--solver euler --steps 3").shape == (2, 3, 16, 16)
+    sampled(shortcut_run, "--sweep")
+    said = capsys.readouterr().out
+    assert said.count("shortcut") == 5 and "rk4" in said
 
 
 def save_picture(name, size=(16, 16), mode="RGB"):
@@ -2613,7 +2817,7 @@ def test_paths_draws_pairs_velocities_and_paths_of_points_side_by_side(monkeypat
 
 @parametrize("predict", ["v", "x"])
 def test_sweep_shows_that_more_steps_and_higher_order_end_nearer_to_a_fine_solution(predict, capsys):
-    train_moons(f"--steps 200 --predict {predict}")
+    train_moons(f"--steps 200 --shortcut --predict {predict}")
     capsys.readouterr()
     sample.main(["out/moons", "--n", "100", "--sweep"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
@@ -2725,6 +2929,8 @@ def test_data_refuses_what_cannot_work(flags, words, capsys):
     ("--data moons --heads 2", "--heads mlp"),
     ("--dim 8", "--dim 8 moons"),
     ("--network mlp", "--network mlp faces"),
+    ("--shortcut --predict e", "--shortcut --predict e x or v"),
+    ("--shortcut --cooldown 0", "--shortcut --cooldown"),
     ("--network unet --optimizer muon", "--optimizer muon unet"),
     ("--cond smilling", "--cond smilling smiling,"),
     ("--stride 5", "stride 5 nearest 2, 4"),
@@ -2759,6 +2965,7 @@ def test_a_batch_that_does_not_split_among_the_processes_is_refused(capsys, monk
         refuses(capsys, "RANK torchrun", train_moons, "")
     monkeypatch.setenv("RANK", "1")
     refuses(capsys, "--batch 31 2 processes", train_moons, "--batch 31")
+    refuses(capsys, "--shortcut --batch 2 --batch 4 or more", train_moons, "--shortcut --batch 2")
 
 
 def test_classes_are_learnt_all_or_not_at_all(capsys):
@@ -2834,6 +3041,10 @@ def test_resume_takes_the_same_pictures_by_another_path(name, capsys):
     ("--sweep --label 0 --guidance 2", "--sweep --guidance"),
     ("--sweep --churn 1", "--sweep --churn"),
     ("--guidance 3", "--guidance --label"),
+    ("--solver shortcut --steps 4", "not learnt shortcuts train.py --shortcut"),
+    ("--solver shortcut --steps 3", "--steps 1, 2, 4, 8, 16"),
+    ("--solver shortcut --steps 4 --shift 2", "--solver shortcut --shift"),
+    ("--solver shortcut --steps 4 --from a.png", "--solver shortcut --from"),
     ("--guidance 1e38 --label 0", "--guidance between"),
     ("--label 0 --interval 0.9,0.1", "--interval"),
     ("--label 0 --interval 0,nan", "--interval"),

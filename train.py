@@ -64,6 +64,7 @@ class Config:
     ot_block: int = flag(64, "pair in groups of this many: the cost grows as n^3, and larger groups gain little")
     cover: float = flag(0.0, "fraction of the times drawn uniformly, to see rare ones; the loss is reweighted", high=1)
     jitter: float = flag(0.0, "standard deviation of extra noise on the network's input")
+    shortcut: bool = flag(False, "during the cool-down learn shortcuts, too: sample.py --solver shortcut --steps 1")
     # the network
     network: str = flag("transformer", "transformer, unet or mlp", choices=tuple(model.NETWORKS))
     patch: int = flag(4, "pixels a side of a patch")
@@ -103,7 +104,9 @@ class Config:
 
 
 def draw_batch(config, images, labels, step, rank, world, device):
-    """What goes into a step: x, e, t, y and jitter (or None), the same each time for the same seed, step and process.
+    """What goes into a step, the same each time for the same seed, step and process: x, e, t, y, jitter (or None) and
+    shortcuts (or None). If there are shortcuts, they are for the second half of x, e and y; t and jitter are for the
+    first.
 
     images, labels: the arrays of the dataset, see `data.load`. rank: which of the processes this is; world: how many
     there are (1 without torchrun). Each draws its own share of the batch.
@@ -125,20 +128,31 @@ def draw_batch(config, images, labels, step, rank, world, device):
     t = fm.sample_t(n, config.times, config.t_mean, config.cover, g, device)
     y = model.hide(y, torch.rand(n, generator=g, device=device) < config.drop)  # a coin for each sample
     jitter = config.jitter * torch.randn(x.shape, generator=g, device=device) if config.jitter else None
-    return x, e, t, y, jitter
+    shortcuts = None
+    if config.shortcut and step >= cooldown_start(config):
+        shortcuts = fm.sample_shortcuts(n // 2, sample.usual_shift(config), g, device)
+        t = t[: n - n // 2]
+        if config.jitter:
+            jitter = jitter[: len(t)]
+    return x, e, t, y, jitter, shortcuts
 
 
 def train_step(config, step, net, ema, optimizers, batch):
-    """The loss and the update. Returns the loss as a tensor, since .item() would make the CPU wait for a GPU."""
-    x, e, t, y, jitter = batch
+    """The loss and the update. Returns the flow's loss as a tensor, since .item() would make the CPU wait for a GPU."""
+    x, e, t, y, jitter, shortcuts = batch
+    path, n = fm.PATHS[config.path], len(t)
     with sample.autocast(x.device, config.bf16):
-        losses = fm.loss(net, x, e, t, y, config.predict, config.target, fm.PATHS[config.path], jitter)
+        losses = fm.loss(net, x[:n], e[:n], t, y[:n], config.predict, config.target, path, jitter)
+        if shortcuts is not None:
+            others = fm.shortcut_loss(net, ema, x[n:], e[n:], *shortcuts, y[n:], config.predict, path)
     if config.cover:
         losses = losses * fm.importance(t, config.times, config.t_mean, config.cover)
-    loss = losses.mean()
+    loss = total = losses.mean()
+    if shortcuts is not None:
+        total = (loss + others.mean()) / 2
 
     net.zero_grad()
-    loss.backward()
+    total.backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -164,7 +178,7 @@ def train(config, checkpoint, rank, world, device):
     if len(images) < 500:
         print("so few will be learnt by heart: expect samples that are nearly copies of them")
     net, ema, optimizers, sizes = build_networks(config, checkpoint, len(label_names), device, world)
-    fast = wrap(net, config, world, device)
+    fast, fast_ema = wrap(net, config, world, device), wrap(ema, config, 1, device)
     out = Path(config.out)
     if rank == 0:
         prepare_folder(out, checkpoint)
@@ -180,7 +194,7 @@ def train(config, checkpoint, rank, world, device):
         if rank == 0 and step == cooldown_start(config):
             save(out / "stable.pt", about, step, net, ema, optimizers)
         batch = draw_batch(config, images, labels, step, rank, world, device)
-        total += train_step(config, step, fast, ema, optimizers, batch)
+        total += train_step(config, step, fast, fast_ema, optimizers, batch)
         done = step + 1
         stop = stop_signal(signals, world)
         # Asked to stop, it saves at once, without the slower held-out loss and preview.
@@ -240,9 +254,10 @@ def build_networks(config, checkpoint, label_count, device, world):
 def network_sizes(config, label_count):
     """What `model.build` needs: the fields of Config that the chosen network has."""
     if config.network == "mlp":
-        return dict(kind="mlp", dim=config.dim, width=config.width, depth=config.depth)
+        return dict(kind="mlp", dim=config.dim, width=config.width, depth=config.depth, shortcut=config.shortcut)
     sizes = dict(kind=config.network, res=config.res, channels=data.channels(config.dataset), width=config.width,
-                 depth=config.depth, heads=config.heads, attention=config.attention, labels=label_count)
+                 depth=config.depth, heads=config.heads, attention=config.attention, labels=label_count,
+                 shortcut=config.shortcut)
     if config.network == "transformer":
         sizes.update(patch=config.patch, stride=config.stride, norm=config.norm)
     return sizes
@@ -362,13 +377,17 @@ def held_out(net, config, images, labels, device):
 
 
 def preview(ema, config, images, labels, device):
-    """A picture of samples, always from the same noise and held-out labels, so that previews can be compared."""
+    """A picture of samples, always from the same noise and held-out labels, so that previews can be compared. With
+    shortcuts, the second row is what one step makes of the first row's noise."""
     n = 2000 if config.dataset in data.POINTS else PREVIEW_PICTURES
     chosen = np.resize(data.split(len(images))[1], n)
     y = data.send(labels[chosen], device)
     e = sample.noise(range(n), sample.shape_of(config), seed=0).to(device)
     x, _ = sample.generate(ema, config, e, PREVIEW_STEPS, y=y)
-    return sample.draw(x, config)
+    if not config.shortcut or config.dataset in data.POINTS:
+        return sample.draw(x, config)
+    in_one_step, _ = sample.generate(ema, config, e, 1, "shortcut", y=y)
+    return sample.draw(torch.cat([x, in_one_step]), config, columns=n)
 
 
 def save(file, about, step, net, ema, optimizers):
@@ -494,8 +513,11 @@ def resolve(given):
     size = given.get("preset", "auto")
     if size == "auto":
         size = "gpu" if sample.pick_device(given.get("device", "auto")).type == "cuda" else "laptop"
-    fields = {"res": res, **preset(name, res, size, given.get("network")), **given, "preset": size}
-    config = Config(**fields)
+    fields = {"res": res, **preset(name, res, size, given.get("network"))}
+    if given.get("shortcut"):
+        # There is more to learn, and shortcuts are learnt while the rate falls.
+        fields.update(steps=2 * fields.get("steps", Config.steps), cooldown=0.6)
+    config = Config(**{**fields, **given, "preset": size})
     config.out = config.out or str(data.run_folder(name, res))
     return config
 
@@ -564,6 +586,11 @@ def check(config, given):
     if (config.network == "mlp") != (config.dataset in data.POINTS):
         data.fail(f"--network {config.network} --data {config.dataset}: mlp is for points, transformer and unet are "
                   f"for pictures")
+    if config.shortcut and cooldown_start(config) == config.steps:
+        data.fail("--shortcut needs a --cooldown, such as 0.4: that is when shortcuts are learnt")
+    if config.shortcut and config.predict == "e":
+        data.fail("--shortcut --predict e: at t = 0, z is e, and to predict it says nothing about the picture: use "
+                  "--predict x or v")
     if config.dim > 2 and config.network != "mlp":
         data.fail(f"--dim {config.dim} is for points: --data moons")
     sizes = network_sizes(config, label_count=0)
@@ -582,7 +609,7 @@ def check(config, given):
 
 # If any of these changed, a checkpoint's weights or optimizers would not fit, or mean something else.
 FIXED = ("preset", "dataset", "res", "dim", "predict", "path", "network", "patch", "stride", "width", "depth", "heads",
-         "norm", "optimizer", "cond")
+         "norm", "optimizer", "cond", "shortcut")
 
 
 def resume_from(given):
@@ -666,6 +693,9 @@ def start_processes(config):
     device = sample.pick_device(config.device)
     if config.batch % world:
         data.fail(f"--batch {config.batch} does not split evenly over {world} processes")
+    if config.shortcut and config.batch < 2 * world:
+        data.fail(f"--shortcut --batch {config.batch}: half of each process's samples learn shortcuts, so take --batch "
+                  f"{2 * world} or more")
     if rank > 0:  # only the first process prints
         sys.stdout = open(os.devnull, "w")
     if world > 1:
@@ -744,12 +774,13 @@ def bench(config, checkpoint, rank, world, device):
 
     images, labels, label_names, _ = load_dataset(config, checkpoint, world)
     net, ema, optimizers, sizes = build_networks(config, checkpoint, len(label_names), device, world)
-    net = wrap(net, config, world, device)
+    net, ema = wrap(net, config, world, device), wrap(ema, config, 1, device)
+    last = config.steps - 1  # with shortcuts, if they are learnt
     calls = 10 if device.type == "cuda" else 1  # in a row, so that a GPU's queue stays filled
 
     def one_step():
-        batch = draw_batch(config, images, labels, 0, rank, world, device)
-        train_step(config, 0, net, ema, optimizers, batch)
+        batch = draw_batch(config, images, labels, last, rank, world, device)
+        train_step(config, last, net, ema, optimizers, batch)
 
     def seconds(function):
         """Median time of a call over five repeats, each after a warm-up. The count is fixed, because all processes
