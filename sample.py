@@ -9,13 +9,17 @@ the raw float32 array (n, C, H, W) or (n, 2), no ending a folder of single PNGs.
 import argparse
 import hashlib
 import math
+import os
+import sys
 import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import data
@@ -88,27 +92,56 @@ def draw(x, config, columns=None):
     return data.grid(data.to_uint8(x), columns)
 
 
-def write(x, states, config, to, columns=None):
-    """Writes x to the file or folder `to`, in the format that its ending says. states: those of the whole flow, for a
-    GIF. If it fails midway, an older file stays whole; a folder may then hold both old and new pictures."""
+def write(batches, n, config, to, columns=None):
+    """Writes n samples to the file or folder `to`, in the format that its ending says. batches: (indices, x, states)
+    each, with all states of the flow if it is for a GIF. Folders and .npy files are written batch by batch, so their
+    size is not bounded by the memory. If it fails midway, an older file stays whole; a folder may then hold both old
+    and new pictures."""
     part = to.parent / f".part-{to.name}"
-    if to.suffix == ".png":
-        draw(x, config, columns).save(part)
-    elif to.suffix == ".gif":
-        data.save_gif(part, [draw(z, config, columns) for z in states])
-    elif to.suffix == ".npy":
-        np.save(part, x.cpu().numpy())
-    else:
-        for i, pixels in enumerate(data.to_uint8(x)):
-            Image.fromarray(pixels.squeeze()).save(to / picture_name(i))
-    if to.suffix:
-        part.replace(to)
+    try:
+        if to.suffix == ".npy":
+            write_array(batches, n, config, part)
+        elif to.suffix:
+            samples, flows = [], []
+            for _, x, states in batches:
+                samples.append(x)
+                flows.append(states)
+            if to.suffix == ".gif":
+                data.save_gif(part, [draw(torch.cat(parts), config, columns) for parts in zip(*flows)])
+            else:
+                draw(torch.cat(samples), config, columns).save(part)
+        else:
+            for indices, x, _ in batches:
+                for i, pixels in zip(indices, data.to_uint8(x)):
+                    Image.fromarray(pixels.squeeze()).save(to / picture_name(i))
+        meet()
+        if to.suffix and rank() == 0:
+            part.replace(to)
+    finally:
+        if rank() == 0:
+            part.unlink(missing_ok=True)
     print(f"wrote {to}")
+
+
+def write_array(batches, n, config, file):
+    """Writes samples as a .npy file, float32. Several processes write to the same file, each its own samples."""
+    if rank() == 0:
+        with open(file, "wb") as out:
+            header = dict(descr="<f4", fortran_order=False, shape=(n, *shape_of(config)))
+            np.lib.format.write_array_header_1_0(out, header)
+    meet()
+    with open(file, "r+b") as out:
+        np.lib.format.read_magic(out)
+        np.lib.format.read_array_header_1_0(out)
+        start = out.tell()
+        for indices, x, _ in batches:
+            out.seek(start + indices[0] * x[0].numel() * 4)
+            out.write(x.numpy().tobytes())
 
 
 def main(argv=None):
     args = parse_flags(argv)
-    device = pick_device(args.device)
+    device = start_processes(args.device)
     judge, judged_shape = make_judge(args, device) if args.fd else (None, None)  # now, lest pictures be drawn in vain
     if judge and holds_pictures(args.folder):
         if args.label or args.churn:
@@ -122,94 +155,95 @@ def main(argv=None):
     if config.network == "mlp" and device.type == "cpu":
         torch.set_num_threads(1)  # layers of microseconds are slower when threads share them
     rows = parse_label(args.label, checkpoint)
-    if args.solver == "shortcut" and not config.shortcut:
-        data.fail(f"{args.folder} has not learnt shortcuts: train.py --shortcut does")
-    if config.drop == 0 and checkpoint["label_names"] and (rows is None or args.guidance != 1):
-        data.fail("with --drop 0 no label was ever hidden in training: this network needs a --label, and cannot do "
-                  "--guidance or --bpd")
-    if (args.bpd or args.sweep) and config.dim > 2:
-        data.fail("--bpd and --sweep are for points in their own plane, --dim 2")
+    check(args, config, checkpoint, rows, to)
     if args.bpd:
         return likelihood(net, config, checkpoint, args.bpd, args.steps, args.seed, device, args.batch)
     if args.paths:
         return write_paths(net, config, to, device, args)
 
-    y, n, columns = None, args.n, args.columns
+    n, y, columns = args.n, None, args.columns
     if rows is not None:  # the same number of samples for each row of labels
-        each = math.ceil(args.n / len(rows))
-        y, n = rows.repeat_interleave(each, 0).to(device), each * len(rows)
+        each = math.ceil(n / len(rows))
+        n, y = each * len(rows), rows.repeat_interleave(each, 0).to(device)
         if len(rows) > 1:
             columns = columns or each
-    z = noise(range(n), shape_of(config), args.seed).to(device)
-    shift = args.shift or usual_shift(config)
     if args.sweep:
-        return sweep(net, config, z, y, args.batch, shift)
+        z = noise(range(n), shape_of(config), args.seed).to(device)
+        return sweep(net, config, z, y, args.batch, args.shift or usual_shift(config))
     if judge:
         check_judged(args, shape_of(config), judged_shape, n)
     else:
         check_output(to, config, 3 if args.invert else n * (args.interpolate or 1))
-    for source in (args.source, args.inpaint, args.mask, args.invert):
-        if source and Path(source).resolve() in (to.resolve(), to.resolve() / Path(source).name):
-            data.fail(f"--to {to} would write over {source}, or beside it: name another place")
     if args.invert:
-        if rows is not None and len(rows) > 1:
-            data.fail("--invert takes a single --label, the picture's own")
         picture = read_picture(args.invert, config, device)
-        x, states = invert(net, config, picture, fm.time_grid(args.steps, shift), y)
-        return write(x, states, config, to, args.columns or 3)
-    start, known = 0.0, None
+        x, states = invert(net, config, picture, fm.time_grid(args.steps, args.shift or usual_shift(config)), y)
+        return write([(range(3), x, states)], 3, config, to, columns or 3)
     if args.interpolate:
-        z = between(z, args.interpolate)
-        y = None if y is None else y.repeat_interleave(args.interpolate, 0)
-        columns = args.columns or args.interpolate  # a row from each noise to the next
+        n, y = n * args.interpolate, None if y is None else y.repeat_interleave(args.interpolate, 0)
+        columns = columns or args.interpolate  # a row from each noise to the next
+    batches = generate_in_batches(net, config, n, y, args, device, keep_states=to.suffix == ".gif")
+    if judge:
+        x = torch.cat([x for _, x, _ in batches])
+        return judge(data.to_tensor(data.to_uint8(x), torch.device("cpu")))  # rounded, as it would be written
+    write(batches, n, config, to, columns)
+    leave_processes()
+
+
+def generate_in_batches(net, config, n, y, args, device, keep_states):
+    """Draws n samples, at most --batch at a time, and yields each batch as (indices, samples, states). Of several
+    processes each draws its own share. At the end it prints how it was done, and how fast."""
+    shape, start, known, picture, between_noises = shape_of(config), 0.0, None, None, None
+    if args.interpolate:
+        between_noises = between(noise(range(args.n), shape, args.seed), args.interpolate)
     if args.source:
-        start = 1 - args.strength
-        z = noisy(read_picture(args.source, config, device), z, start, config)
+        start, picture = 1 - args.strength, read_picture(args.source, config, device)
     if args.inpaint:
         known = (read_picture(args.inpaint, config, device), read_mask(args.mask, config, device))
-    x, states = generate_in_batches(net, config, z, y, args, start, known, keep_states=to.suffix == ".gif")
-    if judge:
-        return judge(data.to_tensor(data.to_uint8(x), torch.device("cpu")))  # rounded, as it would be written
-    write(x, states, config, to, columns)
 
-
-def generate_in_batches(net, config, z, y, args, start, known, keep_states):
-    """(x, states) from all of z, at most --batch at a time; prints how it was done, and how fast. known: (picture,
-    hole) for inpainting, or None."""
-    began, samples, flows, nfe = time.perf_counter(), [], [], 0
-    report = progress(len(z))
-    for part in torch.arange(len(z)).split(args.batch):
-        y_part = None if y is None else y[part]
-        states = [z[part]] if keep_states else None
+    shares = torch.arange(n).split(args.batch)[rank() :: world()]
+    report = progress(sum(len(indices) for indices in shares))
+    seconds, done, nfe, energy = 0.0, 0, 0, 0.0
+    for indices in shares:
+        began = time.perf_counter()
+        z = noise(indices.tolist(), shape, args.seed) if between_noises is None else between_noises[indices]
+        z = z.to(device)
+        if args.source:
+            z = noisy(picture, z, start, config)
+        y_part = None if y is None else y[indices]
+        states = [z] if keep_states else None
         new_noise = None
         if known is not None or args.churn:
-            new_noise = noise_source(part.tolist(), z.shape[1:], args.seed, data.ON_THE_WAY, z.device)
-        x, evaluations = generate(net, config, z[part], args.steps, args.solver, y_part, args.guidance, args.interval,
+            new_noise = noise_source(indices.tolist(), shape, args.seed, data.ON_THE_WAY, device)
+        x, evaluations = generate(net, config, z, args.steps, args.solver, y_part, args.guidance, args.interval,
                                   args.shift, args.tol, start, known, args.churn, new_noise, states)
+        x = x.cpu()  # waits for a GPU, so that the time is right
+        seconds += time.perf_counter() - began
+        done += len(x)
         nfe = max(nfe, evaluations)  # dopri5's count differs from batch to batch
-        samples.append(x.cpu())  # waits for a GPU, so that the time below is right
-        flows.append(states)
+        if config.network == "transformer":
+            energy = energy + edge_energy(x) * len(x)
+        yield indices.tolist(), x, states
         report(len(x))
-    x = torch.cat(samples)
-    rate = len(x) / (time.perf_counter() - began)
     how = f"dopri5 to {args.tol:g}" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
-    print(f"{len(x)} samples, {how}, NFE {nfe}, {rate:.1f} samples/s")
+    print(f"{n} samples, {how}, NFE {nfe}, {world() * done / seconds:.1f} samples/s")
     if config.network == "transformer":
-        ratio = border_ratio(x, config.patch, config.stride)
+        ratio = border_ratio(energy, config.patch, config.stride)
         if math.isfinite(ratio):  # it is not finite if no pixel, or every one, is at a border
             print(f"squared gradient at patch borders: {ratio:.3f} of that elsewhere")
-    states = [torch.cat(parts) for parts in zip(*flows)] if keep_states else None
-    return x, states
 
 
-def border_ratio(x, patch, stride):
-    """Mean squared difference of neighbouring pixels where a patch begins or ends, over that elsewhere. If it is larger
-    than the data's own, the grid of patches shows. x: (B, C, H, W)."""
-    across, down = x.diff(dim=3).square(), x.diff(dim=2).square()
-    energy = across.mean((0, 1, 2)) + down.mean((0, 1, 3))  # (W-1,): entry i is the edge before pixel i + 1
-    starts = torch.arange(0, x.shape[3] - patch + 1, stride)
+def edge_energy(x):
+    """Mean squared difference between neighbouring pixels, for each of the W - 1 edges along a side."""
+    across, down = x.diff(dim=3).square(), x.diff(dim=2).square()  # (B, C, H, W)
+    return across.mean((0, 1, 2)) + down.mean((0, 1, 3))  # (W-1,): entry i is the edge before pixel i + 1
+
+
+def border_ratio(energy, patch, stride):
+    """The `edge_energy` of pictures where a patch begins or ends, over that elsewhere. If it is larger than the data's
+    own, the grid of patches shows."""
+    starts = torch.arange(0, len(energy) + 1 - patch + 1, stride)
     borders = torch.cat([starts, starts + patch])  # the pixels before which a patch begins or ends
-    at_border = torch.isin(torch.arange(1, x.shape[3]), borders)
+    at_border = torch.isin(torch.arange(1, len(energy) + 1), borders)
     return (energy[at_border].mean() / energy[~at_border].mean()).item()
 
 
@@ -598,6 +632,23 @@ def parse_flags(argv):
     return args
 
 
+def check(args, config, checkpoint, rows, to):
+    """Refuses what this run cannot do."""
+    if args.solver == "shortcut" and not config.shortcut:
+        data.fail(f"{args.folder} has not learnt shortcuts: train.py --shortcut does")
+    if config.drop == 0 and checkpoint["label_names"] and (rows is None or args.guidance != 1):
+        data.fail("with --drop 0 no label was ever hidden in training: this network needs a --label, and cannot do "
+                  "--guidance or --bpd")
+    if (args.bpd or args.sweep) and config.dim > 2:
+        data.fail("--bpd and --sweep are for points in their own plane, --dim 2")
+    alone = args.bpd or args.sweep or args.fd or args.paths or args.invert
+    if world() > 1 and (alone or to.suffix not in ("", ".npy")):
+        data.fail("several processes share out samples to a folder or a .npy file: --to FOLDER")
+    for source in (args.source, args.inpaint, args.mask, args.invert):
+        if source and Path(source).resolve() in (to.resolve(), to.resolve() / Path(source).name):
+            data.fail(f"--to {to} would write over {source}, or beside it: name another place")
+
+
 def pair_of_times(text):
     """A type for argparse: two times, such as 0.1,1."""
     try:
@@ -698,6 +749,53 @@ def read_checkpoint(file):
     except Exception as error:  # torch.load alone raises half a dozen kinds for a damaged file
         data.fail(f"{file} is not a checkpoint of this program ({error!r:.200})")
     return checkpoint
+
+
+def start_processes(device_name):
+    """The device of this process. torchrun starts several, and tells each its number (rank), its number on its machine
+    (local rank), and how many there are (world) through the environment. Without torchrun there is one."""
+    number, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT", "").isdigit()
+    valid = number.isdigit() and count.isdigit() and int(number) < int(count) and (address or count == "1")
+    if not valid:
+        data.fail("RANK and WORLD_SIZE are set, but not as torchrun sets them: start several processes by torchrun, or "
+                  "type: unset RANK WORLD_SIZE")
+    device = pick_device(device_name)
+    if int(number) > 0:  # only the first process prints
+        sys.stdout = open(os.devnull, "w")
+    if int(count) > 1:
+        backend = "gloo"
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank())
+            torch.cuda.set_device(device)
+            backend = "cpu:gloo,cuda:nccl"
+        # Hours, because the other processes wait while one packs the dataset.
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank():
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def meet():
+    """Waits until all processes are here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def leave_processes():
+    if world() > 1:
+        dist.barrier()  # when one process ends by a signal, torchrun ends all, even one that still saves
+        dist.destroy_process_group()
 
 
 def pick_device(name):

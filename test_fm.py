@@ -2311,7 +2311,7 @@ def test_two_processes_learn_what_one_does_with_the_same_batch(flags, monkeypatc
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py"]
     done = subprocess.run([*launch, *MOONS, *flags.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 x cpu") == 1  # only the first one prints
+    assert done.stdout.count("2 x cpu") == 1 and "Warning" not in done.stderr  # only the first one prints
     first, second = state(".", "rank0.pt"), state(".", "rank1.pt")
     assert equal(first, second)
     draw_batch = train.draw_batch
@@ -2453,12 +2453,40 @@ def test_a_full_disk_leaves_the_picture_that_was_there(to, pets_run, monkeypatch
         Path(file).write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", lambda file, array: fill_the_disk(file))
+    monkeypatch.setattr(sample, "write_array", lambda batches, n, config, file: fill_the_disk(file))
     monkeypatch.setattr(Image.Image, "save", lambda image, file, **how: fill_the_disk(file))
     Path(to).write_text("old")
     with pytest.raises(OSError):
         sampled(pets_run, to=to)
-    assert Path(to).read_text() == "old"
+    assert Path(to).read_text() == "old" and not list(Path().glob(".part*"))
+
+
+@parametrize("to,last", [("folder", "folder/00003.png"), ("x.npy", ".part-x.npy")])
+def test_a_folder_and_an_array_are_written_batch_by_batch(to, last, pets_run, monkeypatch):
+    """So that memory need not hold them all: when the last batch is drawn, those before it are on the disk."""
+    generate, found = sample.generate, []
+
+    def generate_and_look(*args):
+        found.append(Path(last).stat().st_size if Path(last).exists() else 0)
+        return generate(*args)
+
+    monkeypatch.setattr(sample, "generate", generate_and_look)
+    sampled(pets_run, "--n 6 --batch 2", to=to)
+    assert found[0] < 200 and found[2] > found[0] + 100
+
+
+@needs_unix
+@parametrize("to", ["folder", "x.npy"])
+def test_two_processes_write_the_files_that_one_does(to, pets_run):
+    draw = [HERE / "sample.py", pets_run, "--n", 7, "--batch", 2, "--steps", 2, "--device", "cpu"]
+    # Without the "--", torchrun takes our --n for the beginning of one of its own flags.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    done = subprocess.run([str(word) for word in [*launch, *draw, "--to", f"two/{to}"]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("7 samples, 2 steps of heun") == 1 and "Warning" not in done.stderr
+    sample.main([str(word) for word in [*draw[1:], "--to", f"one/{to}"]])
+    one, two = ({file.name: file.read_bytes() for file in sorted(Path(name).rglob("*.*"))} for name in ("one", "two"))
+    assert one == two and len(one) == (7 if to == "folder" else 1)
 
 
 def test_a_sample_depends_on_seed_and_index_only(pets_run):
@@ -2504,9 +2532,9 @@ def test_churn_changes_a_sample_by_noise_of_its_own(pets_run):
 def test_border_ratio_finds_a_grid_of_patches_and_none_in_noise(pets_run, capsys):
     noise = torch.randn(200, 3, 16, 16)
     for patch, stride, borders in ((4, 4, [4, 8, 12]), (6, 5, [5, 6, 10, 11])):
-        assert sample.border_ratio(noise, patch, stride) == approx(1, abs=0.05)
+        assert sample.border_ratio(sample.edge_energy(noise), patch, stride) == approx(1, abs=0.05)
         brightness = torch.bucketize(torch.arange(16), torch.tensor(borders), right=True)  # a step at each border
-        assert sample.border_ratio(noise + 3 * brightness, patch, stride) > 3
+        assert sample.border_ratio(sample.edge_energy(noise + 3 * brightness), patch, stride) > 3
     sampled(pets_run)
     assert "patch borders" in capsys.readouterr().out
     checkpoint = state(pets_run)

@@ -223,7 +223,7 @@ def train(config, checkpoint, rank, world, device):
         if stop:
             break
 
-    leave_processes(world)
+    sample.leave_processes()
     heed_signals()  # all is saved: what comes now may be cut short
     if done < config.steps:
         print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
@@ -681,50 +681,28 @@ def set_aside(out):
 
 
 def start_processes(config):
-    """(rank, world, device). torchrun starts several processes (world) and tells each its number (rank), and its
-    number on its machine (local rank), through the environment. Without torchrun there is one."""
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT", "").isdigit()
-    valid = rank.isdigit() and world.isdigit() and int(rank) < int(world) and (address or world == "1")
-    if not valid:
-        data.fail("RANK and WORLD_SIZE are set, but not as torchrun sets them: start several processes by torchrun, or "
-                  "type: unset RANK WORLD_SIZE")
-    rank, world = int(rank), int(world)
-    device = sample.pick_device(config.device)
+    """(rank, world, device): see `sample.start_processes`."""
+    device = sample.start_processes(config.device)
+    rank, world = sample.rank(), sample.world()
     if config.batch % world:
         data.fail(f"--batch {config.batch} does not split evenly over {world} processes")
     if config.shortcut and config.batch < 2 * world:
         data.fail(f"--shortcut --batch {config.batch}: half of each process's samples learn shortcuts, so take --batch "
                   f"{2 * world} or more")
-    if rank > 0:  # only the first process prints
-        sys.stdout = open(os.devnull, "w")
-    if world > 1:
-        backend = "gloo"
-        if device.type == "cuda":
-            device = torch.device("cuda", local_rank())
-            torch.cuda.set_device(device)
-            backend = "cpu:gloo,cuda:nccl"
-        # Hours, because the other processes wait while one packs the dataset.
-        dist.init_process_group(backend, timeout=timedelta(hours=6))
     if config.network == "mlp" and device.type == "cpu":
         torch.set_num_threads(1)  # its layers take microseconds; sharing one among threads takes longer
     return rank, world, device
 
 
-def local_rank():
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def load_dataset(config, checkpoint, world):
     """See `sample.load_data`. One process of each machine packs the dataset while the others wait; then they find the
     pack ready."""
-    if local_rank() == 0:
+    if sample.local_rank() == 0:
         if config.download and config.dataset in data.OFFICIAL:
             data.download(config.dataset, Path(config.root))
         dataset = sample.load_data(config, checkpoint)
-    if world > 1:
-        dist.barrier()
-    if local_rank() > 0:
+    sample.meet()
+    if sample.local_rank() > 0:
         dataset = sample.load_data(config, checkpoint)
     return dataset
 
@@ -732,8 +710,8 @@ def load_dataset(config, checkpoint, world):
 def wrap(net, config, world, device):
     """The network as training calls it: for several processes, compiled, both, or as it is."""
     if world > 1:
-        # All buffers are constants, so the processes need not exchange them.
-        net = torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        net = torch.nn.parallel.DistributedDataParallel(net)
+        net.broadcast_buffers = False  # all are constants, so the processes need not exchange them at every step
     if config.compile or (config.compile is None and device.type == "cuda"):
         net = torch.compile(net)
     return net
@@ -760,12 +738,6 @@ def stop_signal(received, world):
     if world > 1:
         dist.all_reduce(number, dist.ReduceOp.MAX)  # between CPUs
     return int(number)
-
-
-def leave_processes(world):
-    if world > 1:
-        dist.barrier()  # when one process ends by a signal, torchrun ends all, even one that still saves
-        dist.destroy_process_group()
 
 
 def bench(config, checkpoint, rank, world, device):
