@@ -224,6 +224,8 @@ def generate_in_batches(net, config, n, y, args, device, keep_states):
             energy = energy + edge_energy(x) * len(x)
         yield indices.tolist(), x, states
         report(len(x))
+    if rank() > 0:
+        return
     how = f"dopri5 to {args.tol:g}" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
     print(f"{n} samples, {how}, NFE {nfe}, {world() * done / seconds:.1f} samples/s")
     if config.network == "transformer":
