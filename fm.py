@@ -195,8 +195,8 @@ def ot_pair(x, e, block=None):
 
 
 def velocity(net, predict="x", path=linear, y=None, y_null=None, guidance=1.0, interval=(0.1, 1.0), clamp=None):
-    """The network's velocity field v(z, t), with t a float, for `solve`. Or, if it has learnt shortcuts (see below),
-    v(z, s, t): the mean velocity from time s to time t.
+    """The network's velocity field v(z, t), with t a float, for `solve`. If it has learnt shortcuts, see below, also
+    v(z, s, t): the mean velocity from time s to time t. Without guidance times may be (B,), one for each sample.
 
     Guidance w is classifier-free (Ho & Salimans 2022, arXiv 2207.12598): v_null + w (v_y - v_null), for t within the
     interval only (Kynkäänniemi et al. 2024, arXiv 2404.07724), or for shortcuts whose middle is. y_null: y with all
@@ -214,17 +214,17 @@ def velocity(net, predict="x", path=linear, y=None, y_null=None, guidance=1.0, i
     if clamp is None:
         clamp = 0.0 if predict == "x" else CLAMP
 
-    def v(z, s, t=None):
-        middle = s if t is None else (s + t) / 2
+    def v(z, t, end=None):
+        middle = t if end is None else (t + end) / 2
         guided = guidance != 1 and interval[0] <= middle <= interval[1]
         inputs, labels = z, y
         if guided:  # both halves in one batch
             inputs, labels = torch.cat([z, z]), torch.cat([y, y_null])
-        times = inputs.new_zeros(len(inputs)) + s
-        if t is None:
+        times = inputs.new_zeros(len(inputs)) + t  # (B,), if t is a float, too
+        if end is None:
             prediction = net(inputs, times, labels).to(z.dtype)
         else:
-            prediction = net(inputs, times, labels, t - times).to(z.dtype)
+            prediction = net(inputs, times, labels, end - times).to(z.dtype)
         result = convert(prediction, predict, "v", inputs, times, path, clamp)
         if guided:
             v_y, v_null = result.chunk(2)
@@ -241,6 +241,7 @@ def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
 
     end_euler: take the last step by Euler's rule, which never evaluates v at the end. Needed from noise to data when
     the network predicts x and nothing is clamped: its velocity (x_pred - z) / (1-t) divides by 0 at t = 1.
+    solver: one of SOLVERS. "shortcut" calls v(z, s, t); it needs a network that has learnt steps between these times.
     states: a list that receives the state after each step (dopri5: at each time but the first, and before end_euler).
     tol: for dopri5, which takes its own steps between the times.
     """
@@ -258,7 +259,7 @@ def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
             z, evaluations = dopri5(v, z, s, t, tol)
             nfe += evaluations
         elif solver == "shortcut":
-            z = z + (t - s) * v(z, s, t)  # see below
+            z = z + (t - s) * v(z, s, t)  # along the mean velocity from s to t
             nfe += 1
         else:
             step, evaluations = FIXED_STEP[solver]
@@ -389,25 +390,26 @@ def inpaint(v, z, x, hole, new_noise, ts, path=linear, solver="heun", end_euler=
 # ---------------------------------------------------------------------------------------------------------------
 # One step: shortcuts, which train.py --shortcut learns beside the flow.
 #
-# Solvers take many steps because the velocity changes on the way. But a network can also learn the mean velocity
-# u(z, s, t) of the flow on its way from z, at time s, to the place X where it is at time t:
+# Solvers take many steps because the velocity changes on the way. But a network can also learn the mean velocity. Start
+# at z at time s, follow the flow until time t, and call the end X. The mean velocity is u = (X - z) / (t - s), so
 #
 #     X(z, s, t) = z + (t - s) u(z, s, t)              u(z, s, s) = v(z, s)
 #
 # Then X(e, 0, 1) is a sample, in one evaluation. Nobody has to solve an ODE to learn u. A shortcut must land where two
-# of half its length land, one after the other:
+# shorter ones land, by way of a time m between s and t:
 #
 #     (t - s) u(z, s, t) = (m - s) u(z, s, m) + (t - m) u(z_m, m, t)              z_m = X(z, s, m)
 #
-# So each length is learnt from the next shorter one, and the shortest from the flow (Frans et al. 2024, "shortcut
-# models", arXiv 2410.12557; for any s, m, t: Boffi et al. 2025, arXiv 2505.18825).
+# So long ones are learnt from shorter ones, and the shortest from two Euler steps of the flow (Frans et al. 2024,
+# "shortcut models", arXiv 2410.12557; for any s, m, t: Boffi et al. 2025, arXiv 2505.18825).
 
-SHORTCUT_STEPS = (1, 2, 4, 8, 16)  # into which the way from noise to data may be cut
+# The ways to cut [0, 1] into shortcuts. Each halves the steps of the one before, so m is a time of the next.
+SHORTCUT_STEPS = (1, 2, 4, 8, 16)
 
 
 def sample_shortcuts(n, shift=1.0, generator=None, device=None):
-    """n random shortcuts: the times (s, m, t) at which they start, are halfway and end, and whether they are of the
-    shortest kind; (n,) each. They are steps of `time_grid` with 1, 2, 4, 8 or 16 steps, all equally often."""
+    """n random shortcuts, (n,) each: the times s, m and t, and whether they are of the shortest kind. They are steps of
+    `time_grid` with 1, 2, 4, 8 or 16 steps; each of the five grids is drawn equally often."""
     steps = 2 ** torch.randint(len(SHORTCUT_STEPS), (n,), generator=generator, device=device)
     i = torch.floor(steps * torch.rand(n, generator=generator, device=device))
     s, m, t = (grid_time(i + part, steps, shift) for part in (0, 0.5, 1))
@@ -417,16 +419,16 @@ def sample_shortcuts(n, shift=1.0, generator=None, device=None):
 def shortcut_target(u, z, s, m, t, shortest):
     """The mean velocity from s to t, by way of m: that of two shortcuts, or of two Euler steps if it is of the shortest
     kind. s, m, t and shortest are (B,). The result has the shape of z."""
+    before, after = per_sample(m - s, z), per_sample(t - m, z)
     first = u(z, s, torch.where(shortest, s, m))
-    z_m = z + per_sample(m - s, z) * first
+    z_m = z + before * first
     second = u(z_m, m, torch.where(shortest, m, t))
-    w = per_sample((t - m) / (t - s), z)
-    return (1 - w) * first + w * second
+    return (before * first + after * second) / (before + after)
 
 
 def shortcut_loss(net, teacher, x, e, s, m, t, shortest, y=None, predict="x", path=linear):
-    """How far the network's shortcuts from s to t are from the teacher's two on the same way, for each sample, (B,).
-    The squared error is taken on what the network predicts.
+    """How far the network's shortcut from s to t is from the teacher's two by way of m, for each sample, (B,): the
+    squared error of what the network predicts.
 
     teacher: the averaged network, which learns nothing here. s, m, t, shortest: as from `sample_shortcuts`.
     """

@@ -69,12 +69,12 @@ def hide(y, where):
 
 
 class Length(nn.Module):
-    """For networks that learn shortcuts, see fm.py: how much time one is to cover, (B,) -> a vector to add to the
-    time's. Without shortcuts it adds nothing."""
+    """The length t - s of a shortcut, see fm.py, (B,) -> a vector to add to the time's; None: 0, the flow itself.
+    A network that learns no shortcuts adds nothing."""
 
     def __init__(self, shortcut, dim):
         super().__init__()
-        if shortcut:  # starts at 0: at first, all shortcuts follow the velocity at their start
+        if shortcut:  # adds nothing at the start, either
             self.net = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), zeroed(nn.Linear(dim, dim)))
         else:
             self.net = None
@@ -83,7 +83,7 @@ class Length(nn.Module):
         if self.net is None:
             return 0
         if length is None:
-            length = torch.zeros_like(t)  # the flow itself
+            length = torch.zeros_like(t)
         return self.net(sinusoidal(length, 256))  # (B, D)
 
 

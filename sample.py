@@ -92,7 +92,7 @@ def draw(x, config, columns=None):
     return data.grid(data.to_uint8(x), columns)
 
 
-def write(batches, n, config, to, columns=None):
+def write(batches, n, config, to, columns=None, rank=0):
     """Writes n samples to the file or folder `to`, in the format that its ending says. batches: (indices, x, states)
     each, with all states of the flow if it is for a GIF. Folders and .npy files are written batch by batch, so their
     size is not bounded by the memory. If it fails midway, an older file stays whole; a folder may then hold both old
@@ -100,7 +100,7 @@ def write(batches, n, config, to, columns=None):
     part = to.parent / f".part-{to.name}"
     try:
         if to.suffix == ".npy":
-            write_array(batches, n, config, part)
+            write_array(batches, n, config, part, rank)
         elif to.suffix:
             samples, flows = [], []
             for _, x, states in batches:
@@ -115,17 +115,17 @@ def write(batches, n, config, to, columns=None):
                 for i, pixels in zip(indices, data.to_uint8(x)):
                     Image.fromarray(pixels.squeeze()).save(to / picture_name(i))
         meet()
-        if to.suffix and rank() == 0:
+        if to.suffix and rank == 0:
             part.replace(to)
     finally:
-        if rank() == 0:
+        if rank == 0:
             part.unlink(missing_ok=True)
     print(f"wrote {to}")
 
 
-def write_array(batches, n, config, file):
+def write_array(batches, n, config, file, rank):
     """Writes samples as a .npy file, float32. Several processes write to the same file, each its own samples."""
-    if rank() == 0:
+    if rank == 0:
         with open(file, "wb") as out:
             header = dict(descr="<f4", fortran_order=False, shape=(n, *shape_of(config)))
             np.lib.format.write_array_header_1_0(out, header)
@@ -136,11 +136,15 @@ def write_array(batches, n, config, file):
         start = out.tell()
         for indices, x, _ in batches:
             out.seek(start + indices[0] * x[0].numel() * 4)
-            out.write(x.numpy().tobytes())
+            out.write(x.cpu().numpy().tobytes())
 
 
 def main(argv=None):
     args = parse_flags(argv)
+    rank, world = processes()
+    alone = args.bpd or args.sweep or args.fd or args.paths or args.invert
+    if world > 1 and (alone or not args.to or args.to.suffix not in ("", ".npy")):
+        data.fail("several processes share out samples to a folder or a .npy file: --to FOLDER")
     device = start_processes(args.device)
     judge, judged_shape = make_judge(args, device) if args.fd else (None, None)  # now, lest pictures be drawn in vain
     if judge and holds_pictures(args.folder):
@@ -169,7 +173,7 @@ def main(argv=None):
             columns = columns or each
     if args.sweep:
         z = noise(range(n), shape_of(config), args.seed).to(device)
-        return sweep(net, config, z, y, args.batch, args.shift or usual_shift(config))
+        return sweep(net, config, z, y, args.batch, args.shift or usual_shift(config), has_shortcuts(checkpoint))
     if judge:
         check_judged(args, shape_of(config), judged_shape, n)
     else:
@@ -181,28 +185,28 @@ def main(argv=None):
     if args.interpolate:
         n, y = n * args.interpolate, None if y is None else y.repeat_interleave(args.interpolate, 0)
         columns = columns or args.interpolate  # a row from each noise to the next
-    batches = generate_in_batches(net, config, n, y, args, device, keep_states=to.suffix == ".gif")
+    batches = generate_in_batches(net, config, n, y, args, device, rank, world, keep_states=to.suffix == ".gif")
     if judge:
         x = torch.cat([x for _, x, _ in batches])
         return judge(data.to_tensor(data.to_uint8(x), torch.device("cpu")))  # rounded, as it would be written
-    write(batches, n, config, to, columns)
+    write(batches, n, config, to, columns, rank)
     leave_processes()
 
 
-def generate_in_batches(net, config, n, y, args, device, keep_states):
+def generate_in_batches(net, config, n, y, args, device, rank, world, keep_states):
     """Draws n samples, at most --batch at a time, and yields each batch as (indices, samples, states). Of several
     processes each draws its own share. At the end it prints how it was done, and how fast."""
     shape, start, known, picture, between_noises = shape_of(config), 0.0, None, None, None
     if args.interpolate:
-        between_noises = between(noise(range(args.n), shape, args.seed), args.interpolate)
+        between_noises = between(noise(range(n // args.interpolate), shape, args.seed), args.interpolate)
     if args.source:
         start, picture = 1 - args.strength, read_picture(args.source, config, device)
     if args.inpaint:
         known = (read_picture(args.inpaint, config, device), read_mask(args.mask, config, device))
 
-    shares = torch.arange(n).split(args.batch)[rank() :: world()]
+    shares = torch.arange(n).split(args.batch)[rank::world]
     report = progress(sum(len(indices) for indices in shares))
-    seconds, done, nfe, energy = 0.0, 0, 0, 0.0
+    seconds, nfe, energy = 0.0, 0, 0.0
     for indices in shares:
         began = time.perf_counter()
         z = noise(indices.tolist(), shape, args.seed) if between_noises is None else between_noises[indices]
@@ -218,16 +222,15 @@ def generate_in_batches(net, config, n, y, args, device, keep_states):
                                   args.shift, args.tol, start, known, args.churn, new_noise, states)
         x = x.cpu()  # waits for a GPU, so that the time is right
         seconds += time.perf_counter() - began
-        done += len(x)
         nfe = max(nfe, evaluations)  # dopri5's count differs from batch to batch
         if config.network == "transformer":
             energy = energy + edge_energy(x) * len(x)
         yield indices.tolist(), x, states
         report(len(x))
-    if rank() > 0:
+    if rank > 0:
         return
     how = f"dopri5 to {args.tol:g}" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
-    print(f"{n} samples, {how}, NFE {nfe}, {world() * done / seconds:.1f} samples/s")
+    print(f"{n} samples, {how}, NFE {nfe}, {n / seconds:.1f} samples/s")  # the first process has the largest share
     if config.network == "transformer":
         ratio = border_ratio(energy, config.patch, config.stride)
         if math.isfinite(ratio):  # it is not finite if no pixel, or every one, is at a border
@@ -524,7 +527,7 @@ def likelihood(net, config, checkpoint, n, steps, seed, device, batch):
           f"{nfe}{how}")
 
 
-def sweep(net, config, z, y, batch, shift):
+def sweep(net, config, z, y, batch, shift, shortcuts):
     """Prints how far each solver ends from a fine solution of the same flow, by evaluations of the network; for points
     also W2 to the data. In float32, so that rounding does not hide the differences.
 
@@ -537,7 +540,8 @@ def sweep(net, config, z, y, batch, shift):
         parts, most = [], 0
         for part in torch.arange(len(z)).split(batch):
             y_part = None if y is None else y[part]
-            x, nfe = generate(net, config, z[part], steps, solver, y_part, shift=shift, tol=tol)
+            x, nfe = generate(net, config, z[part], steps, solver, y_part, tol=tol,
+                              shift=None if solver == "shortcut" else shift)  # learnt at the usual one only
             most = max(most, nfe)
             parts.append(x)
         return torch.cat(parts), most
@@ -545,7 +549,7 @@ def sweep(net, config, z, y, batch, shift):
     points = config.dataset in data.POINTS
     fresh = data.points(config.dataset, len(z), data.seed_from(1, data.HELD_OUT, 0)) if points else None
     trials = []  # solver, steps, tol
-    if config.shortcut:
+    if shortcuts:
         for steps in fm.SHORTCUT_STEPS:
             trials.append(("shortcut", steps, None))
     for solver, (_, evaluations) in fm.FIXED_STEP.items():
@@ -636,19 +640,22 @@ def parse_flags(argv):
 
 def check(args, config, checkpoint, rows, to):
     """Refuses what this run cannot do."""
-    if args.solver == "shortcut" and not config.shortcut:
-        data.fail(f"{args.folder} has not learnt shortcuts: train.py --shortcut does")
+    if args.solver == "shortcut" and not has_shortcuts(checkpoint):
+        data.fail(f"{args.folder} has not learnt shortcuts: train.py --shortcut does, in its cool-down")
     if config.drop == 0 and checkpoint["label_names"] and (rows is None or args.guidance != 1):
         data.fail("with --drop 0 no label was ever hidden in training: this network needs a --label, and cannot do "
                   "--guidance or --bpd")
     if (args.bpd or args.sweep) and config.dim > 2:
         data.fail("--bpd and --sweep are for points in their own plane, --dim 2")
-    alone = args.bpd or args.sweep or args.fd or args.paths or args.invert
-    if world() > 1 and (alone or to.suffix not in ("", ".npy")):
-        data.fail("several processes share out samples to a folder or a .npy file: --to FOLDER")
     for source in (args.source, args.inpaint, args.mask, args.invert):
         if source and Path(source).resolve() in (to.resolve(), to.resolve() / Path(source).name):
             data.fail(f"--to {to} would write over {source}, or beside it: name another place")
+
+
+def has_shortcuts(checkpoint):
+    """Has the network learnt any yet? They come with the cool-down, see train.py."""
+    config = checkpoint["config"]
+    return config.shortcut and checkpoint["step"] > config.steps - int(config.cooldown * config.steps)
 
 
 def pair_of_times(text):
@@ -753,19 +760,25 @@ def read_checkpoint(file):
     return checkpoint
 
 
-def start_processes(device_name):
-    """The device of this process. torchrun starts several, and tells each its number (rank), its number on its machine
-    (local rank), and how many there are (world) through the environment. Without torchrun there is one."""
+def processes():
+    """(rank, world). torchrun starts several processes (world) and tells each its number (rank), and its number on its
+    machine (local rank), through the environment. Without torchrun there is one."""
     number, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT", "").isdigit()
     valid = number.isdigit() and count.isdigit() and int(number) < int(count) and (address or count == "1")
     if not valid:
         data.fail("RANK and WORLD_SIZE are set, but not as torchrun sets them: start several processes by torchrun, or "
                   "type: unset RANK WORLD_SIZE")
+    return int(number), int(count)
+
+
+def start_processes(device_name):
+    """Connects this process with the others, and returns its device."""
+    rank, world = processes()
     device = pick_device(device_name)
-    if int(number) > 0:  # only the first process prints
+    if rank > 0:  # only the first process prints
         sys.stdout = open(os.devnull, "w")
-    if int(count) > 1:
+    if world > 1:
         backend = "gloo"
         if device.type == "cuda":
             device = torch.device("cuda", local_rank())
@@ -776,27 +789,19 @@ def start_processes(device_name):
     return device
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def meet():
-    """Waits until all processes are here."""
-    if world() > 1:
+    """Returns when all processes have called it."""
+    if dist.is_initialized():
         dist.barrier()
 
 
 def leave_processes():
-    if world() > 1:
-        dist.barrier()  # when one process ends by a signal, torchrun ends all, even one that still saves
+    if dist.is_initialized():
+        dist.barrier()  # wait for the one that saves: when one process ends by a signal, torchrun ends all
         dist.destroy_process_group()
 
 

@@ -2105,7 +2105,7 @@ def test_the_average_is_what_is_judged_drawn_returned_and_sampled_from():
     assert not equal(checkpoint["ema"], checkpoint["weights"])
     images, labels, _, _ = data.load("moons")
     assert train.held_out(net, config, images, labels, CPU)["held_out"] == checkpoint["log"][-1]["held_out"]
-    drawn = train.preview(net, config, images, labels, CPU)
+    drawn = train.preview(net, config, images, labels, CPU, 5)
     assert_array_equal(Image.open("out/moons/samples/000005.png"), drawn)
 
 
@@ -2408,12 +2408,36 @@ def test_one_shortcut_is_the_picture_that_the_network_draws_from_noise_for_all_o
 @parametrize("flags,shape", [
     ("--steps 16", (2, 3, 16, 16)), ("--steps 2 --label all --guidance 2 --n 8", (8, 3, 16, 16)),
     ("--steps 2 --churn 1", (2, 3, 16, 16)), ("--steps 2 --interpolate 3", (6, 3, 16, 16)),
+    ("--steps 1 --interpolate 2 --n 5 --label all", (16, 3, 16, 16)),  # n is rounded up to 8
     ("--steps 4 --inpaint a.png --mask white.png", (2, 3, 16, 16))])
 def test_shortcuts_serve_wherever_a_solver_does(shortcut_run, flags, shape, capsys):
     save_picture("a.png")
     halves(255, 255, "L").save("white.png")
     x = sampled(shortcut_run, "--solver shortcut " + flags)
     assert x.shape == shape and np.isfinite(x).all() and "steps of shortcut" in capsys.readouterr().out
+
+
+def test_previews_show_one_step_below_the_flow_once_shortcuts_are_learnt(monkeypatch):
+    monkeypatch.setattr(train, "PREVIEW_PICTURES", 4)
+    train_faces("--steps 4 --preview 2 --shortcut --cooldown 0.5")
+    before, after = (Image.open(f"out/faces-16/samples/00000{step}.png") for step in (2, 4))
+    assert before.width == before.height  # two rows of two
+    assert after.width > 1.9 * after.height  # two rows of four
+
+
+def test_shortcuts_that_are_not_learnt_yet_are_refused(capsys):
+    train_moons("--steps 10 --shortcut --cooldown 0.5")
+    assert sampled("out/moons", "--solver shortcut --steps 1").shape == (2, 2)
+    shutil.copy("out/moons/stable.pt", "early.pt")
+    refuses(capsys, "early.pt not learnt shortcuts", sampled, "early.pt", "--solver shortcut --steps 1")
+    capsys.readouterr()
+    sampled("early.pt", "--sweep")
+    assert "shortcut" not in capsys.readouterr().out
+
+
+def test_the_times_of_shortcuts_stay_as_they_were_when_a_run_goes_on(capsys):
+    train_faces("--steps 2 --shortcut")
+    refuses(capsys, "--t-mean -1.0 0.0 --out", train_faces, "--steps 4 --resume --t-mean -1 --cooldown 0")
 
 
 def test_the_solvers_of_the_flow_take_no_notice_of_shortcuts_and_a_sweep_has_both(shortcut_run, capsys):
@@ -2453,7 +2477,7 @@ def test_a_full_disk_leaves_the_picture_that_was_there(to, pets_run, monkeypatch
         Path(file).write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sample, "write_array", lambda batches, n, config, file: fill_the_disk(file))
+    monkeypatch.setattr(sample, "write_array", lambda batches, n, config, file, rank: fill_the_disk(file))
     monkeypatch.setattr(Image.Image, "save", lambda image, file, **how: fill_the_disk(file))
     Path(to).write_text("old")
     with pytest.raises(OSError):
@@ -2959,6 +2983,7 @@ def test_data_refuses_what_cannot_work(flags, words, capsys):
     ("--network mlp", "--network mlp faces"),
     ("--shortcut --predict e", "--shortcut --predict e x or v"),
     ("--shortcut --cooldown 0", "--shortcut --cooldown"),
+    ("--shortcut --path cosine", "--shortcut --path cosine --predict v"),
     ("--network unet --optimizer muon", "--optimizer muon unet"),
     ("--cond smilling", "--cond smilling smiling,"),
     ("--stride 5", "stride 5 nearest 2, 4"),

@@ -56,7 +56,8 @@ class Config:
     download: bool = flag(False, "fetch mnist, fashion or cifar10 into --root first, if it is not there")
     # the flow
     predict: str = flag("x", "what the network predicts", choices=("x", "e", "v"))
-    target: str = flag("v", "what the squared error compares", choices=("x", "e", "v"))
+    target: str = flag("v", "what the squared error compares (for shortcuts: what is predicted)",
+                       choices=("x", "e", "v"))
     path: str = flag("linear", "how data and noise are mixed", choices=tuple(fm.PATHS))
     times: str = flag("logit-normal", "distribution of the training times", choices=tuple(fm.TIMES))
     t_mean: float = flag(0.0, "mean of logit(t), lower for larger pictures; see `preset` for its defaults", low=-1e38)
@@ -64,7 +65,7 @@ class Config:
     ot_block: int = flag(64, "pair in groups of this many: the cost grows as n^3, and larger groups gain little")
     cover: float = flag(0.0, "fraction of the times drawn uniformly, to see rare ones; the loss is reweighted", high=1)
     jitter: float = flag(0.0, "standard deviation of extra noise on the network's input")
-    shortcut: bool = flag(False, "during the cool-down learn shortcuts, too: sample.py --solver shortcut --steps 1")
+    shortcut: bool = flag(False, "learn samples in one step, too; twice the steps, and a longer cool-down")
     # the network
     network: str = flag("transformer", "transformer, unet or mlp", choices=tuple(model.NETWORKS))
     patch: int = flag(4, "pixels a side of a patch")
@@ -105,8 +106,8 @@ class Config:
 
 def draw_batch(config, images, labels, step, rank, world, device):
     """What goes into a step, the same each time for the same seed, step and process: x, e, t, y, jitter (or None) and
-    shortcuts (or None). If there are shortcuts, they are for the second half of x, e and y; t and jitter are for the
-    first.
+    shortcuts (or None). Shortcuts are learnt in the cool-down, by half of the samples: t and jitter are then for the
+    first half of x, e and y, and shortcuts for the second.
 
     images, labels: the arrays of the dataset, see `data.load`. rank: which of the processes this is; world: how many
     there are (1 without torchrun). Each draws its own share of the batch.
@@ -140,19 +141,19 @@ def draw_batch(config, images, labels, step, rank, world, device):
 def train_step(config, step, net, ema, optimizers, batch):
     """The loss and the update. Returns the flow's loss as a tensor, since .item() would make the CPU wait for a GPU."""
     x, e, t, y, jitter, shortcuts = batch
-    path, n = fm.PATHS[config.path], len(t)
+    path, n = fm.PATHS[config.path], len(t)  # n of the samples learn the flow, the others shortcuts
     with sample.autocast(x.device, config.bf16):
         losses = fm.loss(net, x[:n], e[:n], t, y[:n], config.predict, config.target, path, jitter)
         if shortcuts is not None:
-            others = fm.shortcut_loss(net, ema, x[n:], e[n:], *shortcuts, y[n:], config.predict, path)
+            shortcut_losses = fm.shortcut_loss(net, ema, x[n:], e[n:], *shortcuts, y[n:], config.predict, path)
     if config.cover:
         losses = losses * fm.importance(t, config.times, config.t_mean, config.cover)
-    loss = total = losses.mean()
+    flow_loss = loss = losses.mean()
     if shortcuts is not None:
-        total = (loss + others.mean()) / 2
+        loss = (flow_loss + shortcut_losses.mean()) / 2
 
     net.zero_grad()
-    total.backward()
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -165,7 +166,7 @@ def train_step(config, step, net, ema, optimizers, batch):
     keep = min(config.ema, (1 + step) / (10 + step))
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - keep)
-    return loss.detach()
+    return flow_loss.detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def train(config, checkpoint, rank, world, device):
     if len(images) < 500:
         print("so few will be learnt by heart: expect samples that are nearly copies of them")
     net, ema, optimizers, sizes = build_networks(config, checkpoint, len(label_names), device, world)
-    fast, fast_ema = wrap(net, config, world, device), wrap(ema, config, 1, device)
+    fast, fast_ema = wrap(net, config, world, device), wrap(ema, config, 1, device)  # each process has its own average
     out = Path(config.out)
     if rank == 0:
         prepare_folder(out, checkpoint)
@@ -217,7 +218,7 @@ def train(config, checkpoint, rank, world, device):
                 save(out / "ckpt.pt", about, done, net, ema, optimizers)
                 write_log(out, log)
             if milestone:
-                preview(ema, config, images, labels, device).save(out / "samples" / f"{done:06d}.png")
+                preview(ema, config, images, labels, device, done).save(out / "samples" / f"{done:06d}.png")
             total.zero_()
             reported, clock = done, time.perf_counter()
         if stop:
@@ -376,15 +377,15 @@ def held_out(net, config, images, labels, device):
     return row
 
 
-def preview(ema, config, images, labels, device):
-    """A picture of samples, always from the same noise and held-out labels, so that previews can be compared. With
-    shortcuts, the second row is what one step makes of the first row's noise."""
+def preview(ema, config, images, labels, device, done):
+    """A picture of samples, always from the same noise and held-out labels, so that previews can be compared. Once
+    shortcuts are learnt, pictures have a second row: what one step makes of the same noise."""
     n = 2000 if config.dataset in data.POINTS else PREVIEW_PICTURES
     chosen = np.resize(data.split(len(images))[1], n)
     y = data.send(labels[chosen], device)
     e = sample.noise(range(n), sample.shape_of(config), seed=0).to(device)
     x, _ = sample.generate(ema, config, e, PREVIEW_STEPS, y=y)
-    if not config.shortcut or config.dataset in data.POINTS:
+    if not config.shortcut or done <= cooldown_start(config) or config.dataset in data.POINTS:
         return sample.draw(x, config)
     in_one_step, _ = sample.generate(ema, config, e, 1, "shortcut", y=y)
     return sample.draw(torch.cat([x, in_one_step]), config, columns=n)
@@ -507,7 +508,7 @@ def parse_flags(argv):
 
 
 def resolve(given):
-    """Config's defaults, overridden by the preset, overridden by the given fields."""
+    """Config's defaults, overridden by the preset, by what --shortcut needs, and by the given fields."""
     name = given.get("dataset", Config.dataset)
     res = given.get("res", data.usual_res(name))
     size = given.get("preset", "auto")
@@ -587,10 +588,13 @@ def check(config, given):
         data.fail(f"--network {config.network} --data {config.dataset}: mlp is for points, transformer and unet are "
                   f"for pictures")
     if config.shortcut and cooldown_start(config) == config.steps:
-        data.fail("--shortcut needs a --cooldown, such as 0.4: that is when shortcuts are learnt")
+        data.fail("--shortcut needs more --cooldown, such as 0.6, or more --steps: they are learnt in the cool-down")
     if config.shortcut and config.predict == "e":
         data.fail("--shortcut --predict e: at t = 0, z is e, and to predict it says nothing about the picture: use "
                   "--predict x or v")
+    if config.shortcut and config.path == "cosine" and config.predict == "x":
+        data.fail("--shortcut --path cosine: a long step there does not end at the prediction, which would have to "
+                  "hold noise: use --predict v")
     if config.dim > 2 and config.network != "mlp":
         data.fail(f"--dim {config.dim} is for points: --data moons")
     sizes = network_sizes(config, label_count=0)
@@ -650,7 +654,8 @@ def check_same_run(old, config):
         was, now = getattr(old, field.name), getattr(config, field.name)
         if field.name == "dataset" and was not in data.NAMES and now not in data.NAMES:
             continue  # two paths: `sample.load_data` compares what is there
-        if field.name in FIXED and was != now:
+        fixed = field.name in FIXED or (old.shortcut and field.name in ("times", "t_mean"))  # of its shortcuts' times
+        if fixed and was != now:
             data.fail(f"{flag_of(field)} {now}: {config.out} was trained with {was!r}; leave the flag out (with --out "
                       f"{config.out}), or start anew: --out DIR")
 
@@ -682,13 +687,13 @@ def set_aside(out):
 
 def start_processes(config):
     """(rank, world, device): see `sample.start_processes`."""
-    device = sample.start_processes(config.device)
-    rank, world = sample.rank(), sample.world()
+    rank, world = sample.processes()
     if config.batch % world:
         data.fail(f"--batch {config.batch} does not split evenly over {world} processes")
     if config.shortcut and config.batch < 2 * world:
         data.fail(f"--shortcut --batch {config.batch}: half of each process's samples learn shortcuts, so take --batch "
                   f"{2 * world} or more")
+    device = sample.start_processes(config.device)
     if config.network == "mlp" and device.type == "cpu":
         torch.set_num_threads(1)  # its layers take microseconds; sharing one among threads takes longer
     return rank, world, device
@@ -763,6 +768,8 @@ def bench(config, checkpoint, rank, world, device):
     step = seconds(one_step)
     memory = torch.cuda.max_memory_allocated() / 2**30
     flop = flop_per_sample(sizes, sample.shape_of(config))
+    if config.shortcut:
+        flop *= 4 / 3  # half of the samples also pass the average twice
     rate = config.batch / step * flop
     print(f"{step * 1e3:.1f} ms/step  {config.batch / step:,.1f} samples/s  {flop / 1e9:.3f} GFLOP/sample  "
           f"{rate / 1e9:,.0f} GFLOP/s")
