@@ -782,8 +782,11 @@ def grid(pixels, columns=None):
 def save_whole(im, file):
     """Saves a PIL image. If this is cut short, an older file stays as it was."""
     part = file.parent / f".part-{file.name}"
-    im.save(part)
-    part.replace(file)
+    try:
+        im.save(part)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def tile(x):

@@ -113,10 +113,12 @@ def write(batches, n, config, to, columns=None, rank=0):
         else:
             for indices, x, _ in batches:
                 for i, pixels in zip(indices, data.to_uint8(x)):
-                    Image.fromarray(pixels.squeeze()).save(to / picture_name(i))
+                    data.save_whole(Image.fromarray(pixels.squeeze()), to / picture_name(i))
         meet()
         if to.suffix and rank == 0:
             part.replace(to)
+    except OSError as error:
+        data.fail(f"could not write {to} ({error}); free some space, or name another place: --to", status=1)
     finally:
         if rank == 0:
             part.unlink(missing_ok=True)
@@ -623,6 +625,8 @@ def parse_flags(argv):
     if args.solver == "shortcut":
         if args.steps not in fm.SHORTCUT_STEPS:
             data.fail(f"--solver shortcut takes --steps {', '.join(str(steps) for steps in fm.SHORTCUT_STEPS)}")
+        if args.bpd or args.sweep or args.invert:
+            data.fail("--bpd, --sweep and --invert choose their own solvers: leave --solver out")
         if args.shift or args.source:
             data.fail("--solver shortcut works without --shift and --from: it has learnt steps between certain times")
     if args.guidance != 1 and not args.label:
@@ -640,8 +644,17 @@ def parse_flags(argv):
 
 def check(args, config, checkpoint, rows, to):
     """Refuses what this run cannot do."""
-    if args.solver == "shortcut" and not has_shortcuts(checkpoint):
-        data.fail(f"{args.folder} has not learnt shortcuts: train.py --shortcut does, in its cool-down")
+    if args.solver == "shortcut":
+        if not config.shortcut:
+            data.fail(f"{args.folder} has not learnt shortcuts: train.py --shortcut does")
+        if not has_shortcuts(checkpoint):
+            data.fail(f"{args.folder} is from before the cool-down, in which shortcuts are learnt: name the finished "
+                      f"run, or finish it: train.py --resume --out {config.out}")
+        ts = fm.time_grid(args.steps, usual_shift(config))
+        inside = [args.interval[0] <= (s + t) / 2 <= args.interval[1] for s, t in zip(ts, ts[1:])]
+        if args.guidance != 1 and not any(inside):
+            data.fail(f"--interval: a shortcut counts by its middle, and none of the {args.steps} has it there; take "
+                      f"more --steps, or a wider interval")
     if config.drop == 0 and checkpoint["label_names"] and (rows is None or args.guidance != 1):
         data.fail("with --drop 0 no label was ever hidden in training: this network needs a --label, and cannot do "
                   "--guidance or --bpd")
@@ -796,7 +809,10 @@ def local_rank():
 def meet():
     """Returns when all processes have called it."""
     if dist.is_initialized():
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError:
+            sys.exit(1)  # another one has failed, and says why
 
 
 def leave_processes():

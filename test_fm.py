@@ -2429,7 +2429,7 @@ def test_shortcuts_that_are_not_learnt_yet_are_refused(capsys):
     train_moons("--steps 10 --shortcut --cooldown 0.5")
     assert sampled("out/moons", "--solver shortcut --steps 1").shape == (2, 2)
     shutil.copy("out/moons/stable.pt", "early.pt")
-    refuses(capsys, "early.pt not learnt shortcuts", sampled, "early.pt", "--solver shortcut --steps 1")
+    refuses(capsys, "early.pt --resume --out out/moons", sampled, "early.pt", "--solver shortcut --steps 1")
     capsys.readouterr()
     sampled("early.pt", "--sweep")
     assert "shortcut" not in capsys.readouterr().out
@@ -2438,6 +2438,29 @@ def test_shortcuts_that_are_not_learnt_yet_are_refused(capsys):
 def test_the_times_of_shortcuts_stay_as_they_were_when_a_run_goes_on(capsys):
     train_faces("--steps 2 --shortcut")
     refuses(capsys, "--t-mean -1.0 0.0 --out", train_faces, "--steps 4 --resume --t-mean -1 --cooldown 0")
+    refuses(capsys, "--shortcut: trained True", train_faces, "--steps 4 --resume --no-shortcut")
+
+
+@parametrize("flags,words", [
+    ("--bpd 2", "--bpd --solver"), ("--sweep", "--sweep --solver"), ("--invert a.png", "--invert --solver"),
+    ("--label hat --guidance 2 --interval 0.6,1", "--interval middle more --steps")])
+def test_what_shortcuts_would_not_heed_is_refused(shortcut_run, flags, words, capsys):
+    refuses(capsys, words, sample.main, [str(shortcut_run), *f"--solver shortcut --steps 1 {flags}".split()])
+
+
+@needs_unix
+def test_a_process_whose_partner_fails_ends_without_a_traceback(pets_run):
+    """The first cannot write; the second waits for it."""
+    Path("run.py").write_text(
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "import data, sample\n"
+        "def fail(*args): raise OSError(28, 'No space left on device')\n"
+        "if sample.processes()[0] == 0: sample.write_array = fail\n"
+        "data.run(sample.main)\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", "run.py"]
+    flags = [pets_run, "--n", 4, "--steps", 1, "--device", "cpu", "--to", "x.npy"]
+    done = subprocess.run([str(word) for word in launch + flags], capture_output=True, text=True)
+    assert done.returncode != 0 and "could not write x.npy" in done.stderr and "sample.py\", line" not in done.stderr
 
 
 def test_the_solvers_of_the_flow_take_no_notice_of_shortcuts_and_a_sweep_has_both(shortcut_run, capsys):
@@ -2472,7 +2495,7 @@ def test_samples_are_written_as_the_ending_says(pets_run, capsys):
 
 
 @parametrize("to", ["x.png", "x.gif", "x.npy"])
-def test_a_full_disk_leaves_the_picture_that_was_there(to, pets_run, monkeypatch):
+def test_a_full_disk_leaves_the_picture_that_was_there(to, pets_run, monkeypatch, capsys):
     def fill_the_disk(file):
         Path(file).write_text("half")
         raise OSError(28, "No space left on device")
@@ -2480,8 +2503,7 @@ def test_a_full_disk_leaves_the_picture_that_was_there(to, pets_run, monkeypatch
     monkeypatch.setattr(sample, "write_array", lambda batches, n, config, file, rank: fill_the_disk(file))
     monkeypatch.setattr(Image.Image, "save", lambda image, file, **how: fill_the_disk(file))
     Path(to).write_text("old")
-    with pytest.raises(OSError):
-        sampled(pets_run, to=to)
+    refuses(capsys, f"could not write {to} No space --to", sampled, pets_run, "", to, status=1)
     assert Path(to).read_text() == "old" and not list(Path().glob(".part*"))
 
 
@@ -2984,6 +3006,7 @@ def test_data_refuses_what_cannot_work(flags, words, capsys):
     ("--shortcut --predict e", "--shortcut --predict e x or v"),
     ("--shortcut --cooldown 0", "--shortcut --cooldown"),
     ("--shortcut --path cosine", "--shortcut --path cosine --predict v"),
+    ("--t-mean 17", "--t-mean between"),
     ("--network unet --optimizer muon", "--optimizer muon unet"),
     ("--cond smilling", "--cond smilling smiling,"),
     ("--stride 5", "stride 5 nearest 2, 4"),

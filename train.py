@@ -60,7 +60,8 @@ class Config:
                        choices=("x", "e", "v"))
     path: str = flag("linear", "how data and noise are mixed", choices=tuple(fm.PATHS))
     times: str = flag("logit-normal", "distribution of the training times", choices=tuple(fm.TIMES))
-    t_mean: float = flag(0.0, "mean of logit(t), lower for larger pictures; see `preset` for its defaults", low=-1e38)
+    t_mean: float = flag(0.0, "mean of logit(t), lower for larger pictures; see `preset` for its defaults", low=-10,
+                         high=10)
     ot: bool = flag(False, "pair noise with data by optimal transport")
     ot_block: int = flag(64, "pair in groups of this many: the cost grows as n^3, and larger groups gain little")
     cover: float = flag(0.0, "fraction of the times drawn uniformly, to see rare ones; the loss is reweighted", high=1)
@@ -588,7 +589,8 @@ def check(config, given):
         data.fail(f"--network {config.network} --data {config.dataset}: mlp is for points, transformer and unet are "
                   f"for pictures")
     if config.shortcut and cooldown_start(config) == config.steps:
-        data.fail("--shortcut needs more --cooldown, such as 0.6, or more --steps: they are learnt in the cool-down")
+        data.fail("--shortcut: shortcuts are learnt in the cool-down, and there is none: take more --steps, or more "
+                  "--cooldown, such as 0.6")
     if config.shortcut and config.predict == "e":
         data.fail("--shortcut --predict e: at t = 0, z is e, and to predict it says nothing about the picture: use "
                   "--predict x or v")
@@ -656,7 +658,8 @@ def check_same_run(old, config):
             continue  # two paths: `sample.load_data` compares what is there
         fixed = field.name in FIXED or (old.shortcut and field.name in ("times", "t_mean"))  # of its shortcuts' times
         if fixed and was != now:
-            data.fail(f"{flag_of(field)} {now}: {config.out} was trained with {was!r}; leave the flag out (with --out "
+            asked = f"{flag_of(field)} {now}" if field.type is not bool else flag_of(field)
+            data.fail(f"{asked}: {config.out} was trained with {was!r}; leave the flag out (with --out "
                       f"{config.out}), or start anew: --out DIR")
 
 
