@@ -424,9 +424,9 @@ def test_a_network_that_learns_shortcuts_takes_noise_to_a_gaussian_in_one_step_a
     torch.manual_seed(0)
     net = model.build("mlp", dim=1, width=32, shortcut=True)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    for step in range(1200):
+    for step in range(1000):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - step / 1200)
+            group["lr"] = 3e-3 * (1 - step / 1000)
         x, e = 1.3 + 0.6 * torch.randn(256, 1), torch.randn(256, 1)
         loss = fm.loss(net, x, e, torch.rand(256), predict="v").mean()
         loss = loss + fm.shortcut_loss(net, net, x, e, *fm.sample_shortcuts(256), predict="v").mean()
@@ -438,7 +438,7 @@ def test_a_network_that_learns_shortcuts_takes_noise_to_a_gaussian_in_one_step_a
     for steps in fm.SHORTCUT_STEPS:
         landed[steps], nfe = fm.solve(u, e, fm.time_grid(steps), "shortcut")
         assert nfe == steps
-        assert_close(landed[steps], 1.3 + 0.6 * e, atol=0.06, rtol=0)
+        assert_close(landed[steps], 1.3 + 0.6 * e, atol=0.1, rtol=0)
     euler, _ = fm.solve(u, e, fm.time_grid(1), "euler")
     assert (euler - (1.3 + 0.6 * e)).abs().max() > 0.5  # which one step of the flow itself does not
 
@@ -2297,8 +2297,7 @@ def test_a_new_run_sets_the_old_one_aside():
 
 
 @needs_unix
-@parametrize("flags", ["--steps 20", "--steps 20 --shortcut"])
-def test_two_processes_learn_what_one_does_with_the_same_batch(flags, monkeypatch):
+def test_two_processes_learn_what_one_does_with_the_same_batch(monkeypatch):
     """Rank r draws noise from (seed, step, r), so the one process is given both ranks' draws. What remains is the
     order in which float32 gradients are summed; AdamW divides by their size, so where that is tiny the rounding shows:
     1e-4 after 20 steps of up to 8e-4 each. The ranks themselves must agree to the bit."""
@@ -2309,6 +2308,7 @@ def test_two_processes_learn_what_one_does_with_the_same_batch(flags, monkeypatc
         "train.wasserstein = lambda *_: {0: 0.0}\n"
         "torch.save(train.main(sys.argv[1:]).state_dict(), f'rank{os.environ[\"RANK\"]}.pt')\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py"]
+    flags = "--steps 20 --shortcut --cooldown 0.5"
     done = subprocess.run([*launch, *MOONS, *flags.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 x cpu") == 1 and "Warning" not in done.stderr  # only the first one prints
@@ -2393,9 +2393,12 @@ def sampled(run, flags="", to="x.npy"):
 @pytest.fixture(scope="module")
 def shortcut_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shortcut")
-    done = command("train.py", "--res", 16, *TINY, "--steps", 4, "--cond", "all", "--shortcut", cwd=folder)
+    for kind in ("cats", "dogs"):
+        make_pictures(folder / "pets" / kind, 10)
+    flags = ["--res", 16, *TINY, "--steps", 4, "--cond", "all", "--shortcut"]
+    done = command("train.py", "--data", "pets", *flags, cwd=folder)
     assert done.returncode == 0, done.stderr
-    return folder / "out/faces-16"
+    return folder / "out/pets-16"
 
 
 def test_one_shortcut_is_the_picture_that_the_network_draws_from_noise_for_all_of_the_time(shortcut_run):
@@ -2408,7 +2411,7 @@ def test_one_shortcut_is_the_picture_that_the_network_draws_from_noise_for_all_o
 @parametrize("flags,shape", [
     ("--steps 16", (2, 3, 16, 16)), ("--steps 2 --label all --guidance 2 --n 8", (8, 3, 16, 16)),
     ("--steps 2 --churn 1", (2, 3, 16, 16)), ("--steps 2 --interpolate 3", (6, 3, 16, 16)),
-    ("--steps 1 --interpolate 2 --n 5 --label all", (16, 3, 16, 16)),  # n is rounded up to 8
+    ("--steps 1 --interpolate 2 --n 5 --label all", (12, 3, 16, 16)),  # n is rounded up to 6
     ("--steps 4 --inpaint a.png --mask white.png", (2, 3, 16, 16))])
 def test_shortcuts_serve_wherever_a_solver_does(shortcut_run, flags, shape, capsys):
     save_picture("a.png")
@@ -2443,7 +2446,7 @@ def test_the_times_of_shortcuts_stay_as_they_were_when_a_run_goes_on(capsys):
 
 @parametrize("flags,words", [
     ("--bpd 2", "--bpd --solver"), ("--sweep", "--sweep --solver"), ("--invert a.png", "--invert --solver"),
-    ("--label hat --guidance 2 --interval 0.6,1", "--interval middle more --steps")])
+    ("--label cats --guidance 2 --interval 0.6,1", "--interval middle more --steps")])
 def test_what_shortcuts_would_not_heed_is_refused(shortcut_run, flags, words, capsys):
     refuses(capsys, words, sample.main, [str(shortcut_run), *f"--solver shortcut --steps 1 {flags}".split()])
 
@@ -2522,17 +2525,18 @@ def test_a_folder_and_an_array_are_written_batch_by_batch(to, last, pets_run, mo
 
 
 @needs_unix
-@parametrize("to,batch", [("folder", 2), ("x.npy", 2), ("folder", 9)])  # the last leaves one without work
-def test_two_processes_write_the_files_that_one_does(to, batch, pets_run):
-    draw = [HERE / "sample.py", pets_run, "--n", 7, "--batch", batch, "--steps", 2, "--device", "cpu"]
+@parametrize("to", ["folder", "x.npy"])
+def test_several_processes_write_the_files_that_one_does(to, pets_run):
+    """Of three processes, the third is left without work."""
+    draw = [HERE / "sample.py", pets_run, "--n", 7, "--batch", 4, "--steps", 2, "--device", "cpu"]
     # Without the "--", torchrun takes our --n for the beginning of one of its own flags.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    done = subprocess.run([str(word) for word in [*launch, *draw, "--to", f"two/{to}"]], capture_output=True, text=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "--"]
+    done = subprocess.run([str(word) for word in [*launch, *draw, "--to", f"three/{to}"]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("7 samples, 2 steps of heun") == 1 and "Warning" not in done.stderr
     sample.main([str(word) for word in [*draw[1:], "--to", f"one/{to}"]])
-    one, two = ({file.name: file.read_bytes() for file in sorted(Path(name).rglob("*.*"))} for name in ("one", "two"))
-    assert one == two and len(one) == (7 if to == "folder" else 1)
+    one, three = ({file.name: file.read_bytes() for file in Path(name).rglob("*.*")} for name in ("one", "three"))
+    assert one == three and len(one) == (7 if to == "folder" else 1)
 
 
 def test_a_sample_depends_on_seed_and_index_only(pets_run):
