@@ -183,10 +183,10 @@ def main(argv=None):
     if args.invert:
         picture = read_picture(args.invert, config, device)
         x, states = invert(net, config, picture, fm.time_grid(args.steps, args.shift or usual_shift(config)), y)
-        return write([(range(3), x, states)], 3, config, to, columns or 3)
+        return write([(range(3), x, states)], 3, config, to, args.columns or 3)
     if args.interpolate:
         n, y = n * args.interpolate, None if y is None else y.repeat_interleave(args.interpolate, 0)
-        columns = columns or args.interpolate  # a row from each noise to the next
+        columns = args.columns or args.interpolate  # a row from each noise to the next
     batches = generate_in_batches(net, config, n, y, args, device, rank, world, keep_states=to.suffix == ".gif")
     if judge:
         x = torch.cat([x for _, x, _ in batches])
@@ -660,6 +660,8 @@ def check(args, config, checkpoint, rows, to):
                   "--guidance or --bpd")
     if (args.bpd or args.sweep) and config.dim > 2:
         data.fail("--bpd and --sweep are for points in their own plane, --dim 2")
+    if args.invert and rows is not None and len(rows) > 1:
+        data.fail("--invert takes a single --label, the picture's own")
     for source in (args.source, args.inpaint, args.mask, args.invert):
         if source and Path(source).resolve() in (to.resolve(), to.resolve() / Path(source).name):
             data.fail(f"--to {to} would write over {source}, or beside it: name another place")
@@ -691,7 +693,7 @@ def check_output(to, config, n):
         data.fail(f"cannot write {to}: its ending must be .png, .gif, .npy or, for pictures, none (a folder)")
     data.make_folder_for(to)
     if not to.suffix:
-        others = {file.name for file in to.glob("*.png")} - {picture_name(i) for i in range(n)}
+        others = {file.name for file in to.glob("[!.]*.png")} - {picture_name(i) for i in range(n)}
         if others:
             data.fail(f"{to}/ holds {len(others)} other pictures, such as {min(others)}, that would stay among the {n} "
                       f"new ones: name an empty or a new folder")
@@ -817,7 +819,7 @@ def meet():
 
 def leave_processes():
     if dist.is_initialized():
-        dist.barrier()  # wait for the one that saves: when one process ends by a signal, torchrun ends all
+        meet()  # wait for the one that saves: when one process ends by a signal, torchrun ends all
         dist.destroy_process_group()
 
 

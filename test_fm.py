@@ -1923,7 +1923,7 @@ def test_shortcuts_take_half_of_a_batch_once_the_cool_down_begins_and_leave_the_
     assert (middles[:, None] - grid).abs().min(dim=1).values.max() < 1e-6
 
 
-def test_shortcuts_are_learnt_from_the_averaged_network_and_count_as_much_as_the_flow(monkeypatch):
+def test_shortcuts_are_learnt_from_the_averaged_network_and_count_as_much_as_the_flow():
     """The gradient is the mean of the two gradients, and what is reported is the flow's loss."""
     images, labels, _, _ = data.load("moons")
     config = train.resolve({"dataset": "moons", "shortcut": True, "steps": 10, "lr": 0.1, "warmup": 0, "cooldown": 1.0,
@@ -2428,6 +2428,15 @@ def test_shortcuts_serve_wherever_a_solver_does(shortcut_run, flags, shape, caps
     assert x.shape == shape and np.isfinite(x).all() and "steps of shortcut" in capsys.readouterr().out
 
 
+def test_an_inversion_takes_one_label_and_an_interpolation_has_a_row_for_each_pair(shortcut_run, capsys):
+    save_picture("a.png")
+    refuses(capsys, "--invert single --label", sampled, shortcut_run, "--invert a.png --label all")
+    sheet = sampled(shortcut_run, "--n 4 --interpolate 4 --label all", to="x.png")
+    assert sheet.width == sheet.height  # four rows of four
+    sheet = sampled(shortcut_run, "--n 4 --interpolate 2 --label all", to="x.png")
+    assert 1.8 < sheet.height / sheet.width < 2.2  # four rows of two
+
+
 def test_previews_show_one_step_below_the_flow_once_shortcuts_are_learnt(monkeypatch):
     monkeypatch.setattr(train, "PREVIEW_PICTURES", 4)
     train_faces("--steps 4 --preview 2 --shortcut --cooldown 0.5")
@@ -2503,6 +2512,8 @@ def test_samples_are_written_as_the_ending_says(pets_run, capsys):
         assert_allclose(pixels / 127.5 - 1, x.clip(-1, 1).transpose(0, 2, 3, 1), atol=1 / 250)
     assert not list(Path().glob("*part*"))
     refuses(capsys, "folder 2 other 00003.png new folder", sampled, pets_run, "--n 3", "folder")
+    Path("folder/.part-00009.png").write_text("half")  # what a kill left, or another process is writing
+    assert len(sampled(pets_run, "--n 5", to="folder")) == 5
 
 
 @parametrize("to", ["x.png", "x.gif", "x.npy"])
