@@ -929,14 +929,14 @@ def write_pack(pack, source, samples, n, label_names):
     print(f"  {len(labels):,} pictures", *(f"{count:,} {note}" for note, count in done.items()), sep=", ", flush=True)
 
 
-def report_progress(done, n, seconds):
+def report_progress(done, n, seconds, unit="pictures"):
     """n: how many there will be, or None if nobody knows."""
     rate = done / seconds
     if n is None:
-        print(f"  {done:,} pictures  {rate:,.0f} pictures/s", flush=True)
+        print(f"  {done:,} {unit}  {rate:,.0f} {unit}/s", flush=True)
     else:
         left = timedelta(seconds=round((n - done) / rate))
-        print(f"  {done:,} of {n:,}  {rate:,.0f} pictures/s  ETA {left}", flush=True)
+        print(f"  {done:,} of {n:,}  {rate:,.0f} {unit}/s  ETA {left}", flush=True)
 
 
 def drop_empty_classes(labels, label_names):

@@ -160,6 +160,8 @@ def main(argv=None):
     to = args.to or file.parent / "samples.png"
     if config.network == "mlp" and device.type == "cpu":
         torch.set_num_threads(1)  # layers of microseconds are slower when threads share them
+    if args.batch is None:
+        args.batch = 16 if config.network != "mlp" and device.type == "cpu" else 64
     rows = parse_label(args.label, checkpoint)
     check(args, config, checkpoint, rows, to)
     if args.bpd:
@@ -254,9 +256,9 @@ def border_ratio(energy, patch, stride):
     return (energy[at_border].mean() / energy[~at_border].mean()).item()
 
 
-def progress(n):
+def progress(n, unit="pictures"):
     """Returns a function to call after each batch with its size. Every five seconds it prints how many of the n samples
-    are done, and how long the rest will take."""
+    (or other units) are done, and how long the rest will take."""
     began = reported = time.perf_counter()
     done = 0
 
@@ -264,7 +266,7 @@ def progress(n):
         nonlocal reported, done
         done, now = done + more, time.perf_counter()
         if done < n and now - reported > 5:
-            data.report_progress(done, n, now - began)
+            data.report_progress(done, n, now - began, unit)
             reported = now
 
     return report
@@ -298,11 +300,11 @@ def make_judge(args, device):
     training = training[data.permutation(len(training), seed=0, epoch=0)]
 
     def judge(x):
-        n, sets = len(x), []
+        n, sets, batch = len(x), [], args.batch or 64
         for pictures in (images[held_out[:n]], images[training[:n]]):
-            sets.append(features(net, config, data.to_tensor(pictures, x.device), device, args.batch))
+            sets.append(features(net, config, data.to_tensor(pictures, x.device), device, batch))
         fresh, known = sets
-        drawn = features(net, config, x, device, args.batch)
+        drawn = features(net, config, x, device, batch)
         unit = fresh.std(dim=0).clamp(min=1e-6)  # or the few features with the largest numbers would say it all
         floor, distance = fm.frechet(known / unit, fresh / unit), fm.frechet(drawn / unit, fresh / unit)
         if floor < 1e-6:
@@ -546,17 +548,21 @@ def sweep(net, config, z, y, batch, shift, shortcuts):
                               shift=None if solver == "shortcut" else shift)  # learnt at the usual one only
             most = max(most, nfe)
             parts.append(x)
+            report(nfe * len(part))
         return torch.cat(parts), most
 
     points = config.dataset in data.POINTS
     fresh = data.points(config.dataset, len(z), data.seed_from(1, data.HELD_OUT, 0)) if points else None
-    trials = []  # solver, steps, tol
+    trials, total = [], 400  # (solver, steps, tol) each; evaluations of all, and of the fine solution
     if shortcuts:
         for steps in fm.SHORTCUT_STEPS:
             trials.append(("shortcut", steps, None))
+            total += steps
     for solver, (_, evaluations) in fm.FIXED_STEP.items():
         for nfe in (4, 8, 16, 32, 64):
             trials.append((solver, nfe // evaluations, None))
+            total += nfe
+    report = progress(total * len(z), "evaluations")  # without dopri5's, the last, which nobody knows beforehand
     for tol in (1e-1, 1e-2, 1e-3, 1e-4):
         trials.append(("dopri5", 1, tol))
     fine, _ = solve_all("rk4", 100, None)
@@ -609,7 +615,8 @@ def parse_flags(argv):
     parser.add_argument("--judge", type=Path,
                         help="for --fd: the run whose network judges; itself by default. To compare runs, one for all")
     modes.add_argument("--bpd", type=count, help="instead: likelihood of N held-out samples (or all, if fewer)")
-    parser.add_argument("--batch", type=count, default=64, help="samples that pass the network at once")
+    parser.add_argument("--batch", type=count,
+                        help="samples that pass the network at once (default: 64; on a CPU 16, which is as fast)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--columns", type=count, help="pictures in a row (default: a square grid)")
     parser.add_argument("--to", type=Path, help="x.png, x.gif, x.npy or a folder (default: FOLDER/samples.png)")

@@ -2558,6 +2558,19 @@ def test_several_processes_write_the_files_that_one_does(to, pets_run):
     assert one == three and len(one) == (7 if to == "folder" else 1)
 
 
+@parametrize("flags,words", [
+    ("--n 6 --batch 2", "2 of 6 pictures/s ETA"), ("--n 70", "64 of 70 pictures/s ETA"),
+    ("--bpd 6 --batch 2", "2 of 6 pictures/s ETA"), ("--sweep --n 6 --batch 2", "800 of 5,376 evaluations/s ETA")])
+def test_long_work_shows_how_much_is_done_and_how_long_the_rest_takes(flags, words, capsys, monkeypatch):
+    """On a clock that moves six seconds at each look. The fine solution of a sweep takes 400 evaluations a sample."""
+    train_moons("--steps 3")
+    clock = itertools.count(0, 6)
+    monkeypatch.setattr(sample, "time", Namespace(perf_counter=lambda: next(clock)))
+    sample.main(["out/moons", "--steps", "3", *flags.split()])
+    said = capsys.readouterr().out
+    assert any(all(word in line for word in words.split()) for line in said.splitlines()), said
+
+
 def test_a_sample_depends_on_seed_and_index_only(pets_run):
     five = sampled(pets_run, "--n 5 --batch 5")
     assert_allclose(sampled(pets_run, "--n 3 --batch 2"), five[:3], atol=1e-6)
