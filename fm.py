@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.integrate import RK45
 from scipy.optimize import brentq, linear_sum_assignment
 
 # Lower bound for divisors that go to 0 at one end of time. It bounds the default loss's weight 1 / (1-t)^2 at 400.
@@ -302,6 +301,7 @@ def rk4(v, z, s, t):
 def dopri5(v, z, s, t, tol):
     """From s to t in steps that adapt: each keeps the estimated error below tol (1 + |z|), as a root mean square over
     the whole batch (Dormand & Prince 1980). Order 5. scipy does it, in float64 on the CPU. Returns z and the NFE."""
+    from scipy.integrate import RK45  # only here, since it takes half a second to import
 
     def flat_velocity(time, flat):
         state = torch.tensor(flat, dtype=z.dtype, device=z.device).view_as(z)

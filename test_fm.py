@@ -2019,20 +2019,25 @@ def test_muon_gets_the_matrices_inside_the_blocks_and_adamw_the_rest():
 @parametrize("shape", [(32, 32), (48, 20), (20, 48)])
 def test_muon_moves_along_the_nearest_orthogonal_matrix_as_torchs_does(shape):
     """torch's rounds to bfloat16, which has three digits."""
-    g = torch.randn(shape)
-    u, s, v = torch.linalg.svd(g, full_matrices=False)
-    along = u.T @ train.nearest_orthogonal(g, rounds=8).float() @ v.T
-    assert_close(along.diag(), torch.ones_like(s), atol=0.35, rtol=0)
-    assert (along - along.diag().diag()).abs().max() < 0.05
-    ours, theirs = (torch.nn.Parameter(g.clone()) for _ in range(2))
-    optimizers = train.Muon([ours]), torch.optim.Muon([theirs], ns_steps=3, adjust_lr_fn="match_rms_adamw")
+    stack = torch.randn(2, *shape)
+    for g, nearest in zip(stack, train.nearest_orthogonal(stack, rounds=8).float()):
+        u, s, v = torch.linalg.svd(g, full_matrices=False)
+        along = u.T @ nearest @ v.T
+        assert_close(along.diag(), torch.ones_like(s), atol=0.35, rtol=0)
+        assert (along - along.diag().diag()).abs().max() < 0.05
+    shapes = shape, (8, 8), shape  # two go through the rounds together
+    start = [torch.randn(shape) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(g.clone()) for g in start] for _ in range(2))
+    optimizers = train.Muon(ours), torch.optim.Muon(theirs, ns_steps=3, adjust_lr_fn="match_rms_adamw")
     for optimizer in optimizers:
         optimizer.param_groups[0].update(lr=0.1, weight_decay=0.3)
     for _ in range(3):
-        ours.grad = theirs.grad = torch.randn(shape)
+        for a, b in zip(ours, theirs):
+            a.grad = b.grad = torch.randn(a.shape)
         for optimizer in optimizers:
             optimizer.step()
-    assert_close(ours, theirs, atol=0.004, rtol=0)
+    for a, b in zip(ours, theirs):
+        assert_close(a, b, atol=0.004, rtol=0)
 
 
 def test_the_learning_rate_climbs_stays_and_falls_along_straight_lines():
