@@ -502,7 +502,7 @@ def draw_rope():
 
 # What train.py builds for faces.
 EXAMPLES = {
-    "32 pixels": dict(res=32, patch=4, stride=4, width=256, depth=4, heads=4),
+    "32 pixels": dict(res=32, patch=4, stride=4, width=128, depth=4, heads=4),
     "256, laptop": dict(res=256, patch=40, stride=24, width=256, depth=4, heads=4),
     "256, GPU": dict(res=256, patch=16, stride=12, width=768, depth=12, heads=12),
 }

@@ -61,7 +61,7 @@ class Config:
                        choices=("x", "e", "v"))
     path: str = flag("linear", "how data and noise are mixed", choices=tuple(fm.PATHS))
     times: str = flag("logit-normal", "distribution of the training times", choices=tuple(fm.TIMES))
-    t_mean: float = flag(0.0, "mean of logit(t), lower for larger pictures; see `preset` for its defaults", low=-10,
+    t_mean: float = flag(-0.5, "mean of logit(t), lower for larger pictures; see `preset` for its defaults", low=-10,
                          high=10)
     ot: bool = flag(False, "pair noise with data by optimal transport")
     ot_block: int = flag(64, "pair in groups of this many: the cost grows as n^3, and larger groups gain little")
@@ -72,7 +72,7 @@ class Config:
     network: str = flag("transformer", "transformer, unet or mlp", choices=tuple(model.NETWORKS))
     patch: int = flag(4, "pixels a side of a patch")
     stride: int = flag(4, "pixels from one patch to the next; below --patch they overlap")
-    width: int = flag(256, "numbers per token (transformer), channels at full resolution (unet), or per layer (mlp)")
+    width: int = flag(128, "numbers per token (transformer), channels at full resolution (unet), or per layer (mlp)")
     depth: int = flag(4, "blocks (transformer), per resolution, down and again up (unet), or layers (mlp)")
     heads: int = flag(4, "attention heads")
     norm: str = flag("rms", "normalisation in the transformer", choices=tuple(model.NORMS))
@@ -81,7 +81,7 @@ class Config:
     # optimisation
     optimizer: str = flag("muon", "muon (for the matrices in the transformer's blocks; AdamW for the rest) or adamw",
                           choices=("muon", "adamw"))
-    steps: int = flag(700, "gradient steps")
+    steps: int = flag(1000, "gradient steps")
     batch: int = flag(32, "samples a step, over all processes together")
     lr: float = flag(3e-3, "peak learning rate", low=1e-9)
     warmup: int = flag(30, "steps of linear warm-up", low=0)
@@ -99,7 +99,7 @@ class Config:
     compile: bool = flag(None, "torch.compile; by default on CUDA, where it pays at once")
     out: str = flag("", "where results go; by default out/<data>-<res>")
     report: int = flag(20, "steps between lines of progress")
-    preview: int = flag(175, "steps between previews, held-out losses and checkpoints")
+    preview: int = flag(250, "steps between previews, held-out losses and checkpoints")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -539,10 +539,10 @@ def preset(name, res, size, network=None):
         return dict(network="mlp", width=64, predict="v", times="uniform", optimizer="adamw", steps=3000, batch=256,
                     lr=2e-3, ema=0.999, report=200, preview=1000)
     # The formula's mean of logit(t) is for long runs. Short ones draw faces whose parts do not fit together, and ignore
-    # labels, unless they see more noise, which hides all but the layout. So on a laptop the same shift starts from 0
-    # at 32 pixels.
+    # labels, unless they see more noise, which hides all but the layout. So no mean is above Config's, and on a laptop
+    # the formula's shift for larger pictures starts from 0 at 32 pixels.
     mean = fm.logit_normal_mean(res) if size == "gpu" else -math.log(res / 32)
-    fields = dict(t_mean=min(0.0, mean))
+    fields = dict(t_mean=min(Config.t_mean, mean))
     patch, overlap = res // 8, 0.25
     if name in data.OFFICIAL:
         network = network or "unet"
@@ -556,11 +556,11 @@ def preset(name, res, size, network=None):
         fields.update(width=384, depth=8, heads=6, batch=64, lr=1e-3, steps=20_000, warmup=500, ema=0.999, report=50,
                       preview=1000)
     elif name != "faces" and res <= 32:  # real pictures vary more than the faces, so they get more steps: minutes here
-        fields.update(steps=2000, ema=0.99, preview=250)
+        fields.update(width=256, steps=2000, ema=0.99)
     elif name != "faces":  # and a night here
         fields.update(width=384, depth=6, heads=6, lr=2e-3, steps=20_000, warmup=100, ema=0.999, report=50, preview=500)
     elif res > 32:
-        fields.update(steps=900, ema=0.99, preview=300)
+        fields.update(width=256, steps=900, ema=0.99, preview=300)
     if size == "laptop" and res >= 64:
         # About 10 x 10 patches, however large the picture. They overlap much, or their edges would show.
         patch, overlap = round(5 / 32 * res), 0.4
