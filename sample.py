@@ -1,6 +1,6 @@
 """A checkpoint in, pictures out.
 
-    python sample.py out/faces-32 --n 64 --steps 50 --solver heun --seed 0 --to grid.png
+    python sample.py out/faces-32 --n 64 --steps 10 --solver heun --seed 0 --to grid.png
 
 The ending of --to chooses the format: .png a grid (for points a scatter plot), .gif the flow from noise to data, .npy
 the raw float32 array (n, C, H, W) or (n, 2), no ending a folder of single PNGs.
@@ -586,7 +586,8 @@ def parse_flags(argv):
     count, seed = data.number(int), data.number(int, 0, 2**63 - 1)
     parser.add_argument("folder", type=Path, help="what train.py wrote, such as out/faces-32")
     parser.add_argument("--n", type=count, default=64, help="how many samples; with labels, rounded up to whole rows")
-    parser.add_argument("--steps", type=count, default=50, help="steps of the solver")
+    parser.add_argument("--steps", type=count,
+                        help="steps of the solver (default: 10; for --bpd, --inpaint, --invert, --paths and GIFs 50)")
     parser.add_argument("--solver", default="heun", choices=fm.SOLVERS)
     parser.add_argument("--seed", type=seed, default=0, help="the noise of sample i depends on (seed, i) only")
     parser.add_argument("--tol", type=data.number(float, 1e-6, 1), default=1e-4,
@@ -621,6 +622,9 @@ def parse_flags(argv):
     parser.add_argument("--columns", type=count, help="pictures in a row (default: a square grid)")
     parser.add_argument("--to", type=Path, help="x.png, x.gif, x.npy or a folder (default: FOLDER/samples.png)")
     args = parser.parse_args(argv)
+    if args.steps is None:
+        slow = args.bpd or args.inpaint or args.invert or args.paths or (args.to and args.to.suffix == ".gif")
+        args.steps = 50 if slow else 10
     if args.interpolate and args.n < 2:
         data.fail("--interpolate needs --n 2 or more noises to go between")
     if bool(args.inpaint) != bool(args.mask):

@@ -2564,6 +2564,15 @@ def test_several_processes_write_the_files_that_one_does(to, pets_run):
 
 
 @parametrize("flags,words", [
+    ("--to x.png", "10 steps of heun, NFE 19"), ("--to x.gif", "50 steps of heun, NFE 99"),
+    ("--invert a.png --to x.png", "NFE 100 + 100")])
+def test_pictures_take_ten_steps_by_default_and_closer_looks_fifty(flags, words, pets_run, capsys):
+    save_picture("a.png")
+    sample.main([str(pets_run), "--device", "cpu", "--n", "1", *flags.split()])
+    assert words in capsys.readouterr().out
+
+
+@parametrize("flags,words", [
     ("--n 6 --batch 2", "2 of 6 pictures/s ETA"), ("--n 70", "64 of 70 pictures/s ETA"),
     ("--bpd 6 --batch 2", "2 of 6 pictures/s ETA"), ("--sweep --n 6 --batch 2", "800 of 5,376 evaluations/s ETA")])
 def test_long_work_shows_how_much_is_done_and_how_long_the_rest_takes(flags, words, capsys, monkeypatch):
