@@ -155,7 +155,7 @@ def find_dataset(name, root, res):
     """
     if name == "faces":
         code = Path(__file__)  # redrawn whenever this file changes
-        # As many as take about half a minute to draw. A default run at 32 pixels sees each about once.
+        # As many as take about half a minute to draw. A default run at 32 pixels sees each once or twice.
         n = min(FACES, 2**27 // res**2)
         return code, {code.name: code}, FACE_ATTRIBUTES, n, stream_faces(n, res)
     if name in OFFICIAL:
@@ -930,13 +930,13 @@ def write_pack(pack, source, samples, n, label_names):
 
 
 def report_progress(done, n, seconds, unit="pictures"):
-    """n: how many there will be, or None if nobody knows."""
+    """done: how many were ready after so many seconds; n: how many there will be, or None if nobody knows."""
     rate = done / seconds
     if n is None:
-        print(f"  {done:,} {unit}  {rate:,.0f} {unit}/s", flush=True)
+        print(f"  {done:,} {unit}  {rate:,.1f} {unit}/s", flush=True)
     else:
         left = timedelta(seconds=round((n - done) / rate))
-        print(f"  {done:,} of {n:,}  {rate:,.0f} {unit}/s  ETA {left}", flush=True)
+        print(f"  {done:,} of {n:,}  {rate:,.1f} {unit}/s  ETA {left}", flush=True)
 
 
 def drop_empty_classes(labels, label_names):

@@ -160,8 +160,7 @@ def main(argv=None):
     to = args.to or file.parent / "samples.png"
     if config.network == "mlp" and device.type == "cpu":
         torch.set_num_threads(1)  # layers of microseconds are slower when threads share them
-    if args.batch is None:
-        args.batch = 16 if config.network != "mlp" and device.type == "cpu" else 64
+    args.batch = args.batch or usual_batch(config, device)
     rows = parse_label(args.label, checkpoint)
     check(args, config, checkpoint, rows, to)
     if args.bpd:
@@ -184,7 +183,7 @@ def main(argv=None):
         check_output(to, config, 3 if args.invert else n * (args.interpolate or 1))
     if args.invert:
         picture = read_picture(args.invert, config, device)
-        x, states = invert(net, config, picture, fm.time_grid(args.steps, args.shift or usual_shift(config)), y)
+        x, states = invert(net, config, picture, fm.time_grid(args.steps, args.shift or 1), y)
         return write([(range(3), x, states)], 3, config, to, args.columns or 3)
     if args.interpolate:
         n, y = n * args.interpolate, None if y is None else y.repeat_interleave(args.interpolate, 0)
@@ -256,9 +255,14 @@ def border_ratio(energy, patch, stride):
     return (energy[at_border].mean() / energy[~at_border].mean()).item()
 
 
-def progress(n, unit="pictures"):
-    """Returns a function to call after each batch with its size. Every five seconds it prints how many of the n samples
-    (or other units) are done, and how long the rest will take."""
+def usual_batch(config, device):
+    """On a CPU, pictures are as fast in small batches, and their progress shows earlier."""
+    return 16 if config.network != "mlp" and device.type == "cpu" else 64
+
+
+def progress(n, unit="samples"):
+    """Returns a function to call after each batch with its size. At most every five seconds it prints how many of the n
+    samples (or other units) are done, and how long the rest will take."""
     began = reported = time.perf_counter()
     done = 0
 
@@ -300,7 +304,7 @@ def make_judge(args, device):
     training = training[data.permutation(len(training), seed=0, epoch=0)]
 
     def judge(x):
-        n, sets, batch = len(x), [], args.batch or 64
+        n, sets, batch = len(x), [], args.batch or usual_batch(config, device)
         for pictures in (images[held_out[:n]], images[training[:n]]):
             sets.append(features(net, config, data.to_tensor(pictures, x.device), device, batch))
         fresh, known = sets
@@ -410,7 +414,7 @@ def invert(net, config, x, ts, y):
     reconstruction as one batch, and all states on the way.
 
     Both ways with training's clamp, see `likelihood`, so that they follow the same field; and in float32, so that
-    nothing is lost but the solver's error.
+    nothing is lost but the solver's error. That field changes fastest near t = 1, so steps must not be longer there.
     """
     y = None if y is None else y[:1]
     v = fm.velocity(net, config.predict, fm.PATHS[config.path], y, clamp=fm.CLAMP)
@@ -515,11 +519,17 @@ def likelihood(net, config, checkpoint, n, steps, seed, device, batch):
         return fm.bits_per_dimension(v, pictures, e, signs, noise, steps, path)
 
     scores, unit, how = [], "nats", ""
-    if config.dataset not in data.POINTS:  # any noise gives a bound; the first eight pictures choose the lowest
-        few = x[:8].to(device)
-        best = min((0.001, 0.002, 0.005, 0.01, 0.02, 0.04), key=lambda noise: bits(few, noise)[0].mean())
+    if config.dataset in data.POINTS:
+        report = progress(len(x))
+    else:  # any noise gives a bound; the first eight pictures choose the lowest
+        few, bounds = x[:8].to(device), {}
+        noises = (0.001, 0.002, 0.005, 0.01, 0.02, 0.04)
+        report = progress(len(noises) * len(few) + len(x))
+        for noise in noises:
+            bounds[noise] = bits(few, noise)[0].mean().item()
+            report(len(few))
+        best = min(bounds, key=bounds.get)
         unit, how = "bits per dimension at most", f", from noise of {best}"
-    report = progress(len(x))
     for part in x.to(device).split(batch):
         score, nfe = nats(part) if unit == "nats" else bits(part, best)
         scores.append(score.cpu())
@@ -553,7 +563,7 @@ def sweep(net, config, z, y, batch, shift, shortcuts):
 
     points = config.dataset in data.POINTS
     fresh = data.points(config.dataset, len(z), data.seed_from(1, data.HELD_OUT, 0)) if points else None
-    trials, total = [], 400  # (solver, steps, tol) each; evaluations of all, and of the fine solution
+    trials, total = [], 4 * 100  # (solver, steps, tol) each; evaluations, at first those of the fine solution
     if shortcuts:
         for steps in fm.SHORTCUT_STEPS:
             trials.append(("shortcut", steps, None))
@@ -562,9 +572,9 @@ def sweep(net, config, z, y, batch, shift, shortcuts):
         for nfe in (4, 8, 16, 32, 64):
             trials.append((solver, nfe // evaluations, None))
             total += nfe
-    report = progress(total * len(z), "evaluations")  # without dopri5's, the last, which nobody knows beforehand
     for tol in (1e-1, 1e-2, 1e-3, 1e-4):
-        trials.append(("dopri5", 1, tol))
+        trials.append(("dopri5", 1, tol))  # comes last, as nobody knows beforehand how many it will take
+    report = progress(total * len(z), "evaluations")
     fine, _ = solve_all("rk4", 100, None)
     print("solver    steps or tol   NFE   RMS distance from rk4 in 100 steps" + ("   W2 to data" if points else ""))
     for solver, steps, tol in trials:
@@ -587,13 +597,15 @@ def parse_flags(argv):
     parser.add_argument("folder", type=Path, help="what train.py wrote, such as out/faces-32")
     parser.add_argument("--n", type=count, default=64, help="how many samples; with labels, rounded up to whole rows")
     parser.add_argument("--steps", type=count,
-                        help="steps of the solver (default: 10; for --bpd, --inpaint, --invert, --paths and GIFs 50)")
+                        help="steps of the solver (default: 10; for --bpd, --inpaint, --invert, --paths and GIFs 50; "
+                             "for shortcuts 1)")
     parser.add_argument("--solver", default="heun", choices=fm.SOLVERS)
     parser.add_argument("--seed", type=seed, default=0, help="the noise of sample i depends on (seed, i) only")
     parser.add_argument("--tol", type=data.number(float, 1e-6, 1), default=1e-4,
                         help="error that dopri5 allows itself per step")
     parser.add_argument("--shift", type=data.number(float, 1e-3, 1e3),
-                        help="more than 1: smaller steps near the noise (default: where training drew most times)")
+                        help="more than 1: smaller steps near the noise (default: where training drew most times; for "
+                             "--invert 1)")
     parser.add_argument("--label", help="classes or attributes by name or number: a or a,b; or all, a row for each")
     parser.add_argument("--guidance", type=data.number(float, 0, 100), default=1.0,
                         help="how strongly the label pulls; 1: as learnt")
@@ -617,14 +629,16 @@ def parse_flags(argv):
                         help="for --fd: the run whose network judges; itself by default. To compare runs, one for all")
     modes.add_argument("--bpd", type=count, help="instead: likelihood of N held-out samples (or all, if fewer)")
     parser.add_argument("--batch", type=count,
-                        help="samples that pass the network at once (default: 64; on a CPU 16, which is as fast)")
+                        help="samples that pass the network at once (default: 64; for pictures on a CPU 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--columns", type=count, help="pictures in a row (default: a square grid)")
     parser.add_argument("--to", type=Path, help="x.png, x.gif, x.npy or a folder (default: FOLDER/samples.png)")
     args = parser.parse_args(argv)
     if args.steps is None:
-        slow = args.bpd or args.inpaint or args.invert or args.paths or (args.to and args.to.suffix == ".gif")
-        args.steps = 50 if slow else 10
+        closer = args.bpd or args.inpaint or args.invert or args.paths or (args.to and args.to.suffix == ".gif")
+        args.steps = 50 if closer else 10
+        if args.solver == "shortcut":
+            args.steps = 1
     if args.interpolate and args.n < 2:
         data.fail("--interpolate needs --n 2 or more noises to go between")
     if bool(args.inpaint) != bool(args.mask):

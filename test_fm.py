@@ -2021,9 +2021,9 @@ def test_muon_moves_along_the_nearest_orthogonal_matrix_as_torchs_does(shape):
     """torch's rounds to bfloat16, which has three digits."""
     stack = torch.randn(2, *shape)
     for g, nearest in zip(stack, train.nearest_orthogonal(stack, rounds=8).float()):
-        u, s, v = torch.linalg.svd(g, full_matrices=False)
-        along = u.T @ nearest @ v.T
-        assert_close(along.diag(), torch.ones_like(s), atol=0.35, rtol=0)
+        u, s, vh = torch.linalg.svd(g, full_matrices=False)
+        along = u.T @ nearest @ vh.T
+        assert_close(along.diag(), torch.ones_like(s), atol=0.35, rtol=0)  # the rounds end between 0.7 and 1.2
         assert (along - along.diag().diag()).abs().max() < 0.05
     shapes = shape, (8, 8), shape  # two go through the rounds together
     start = [torch.randn(shape) for shape in shapes]
@@ -2565,24 +2565,25 @@ def test_several_processes_write_the_files_that_one_does(to, pets_run):
 
 @parametrize("flags,words", [
     ("--to x.png", "10 steps of heun, NFE 19"), ("--to x.gif", "50 steps of heun, NFE 99"),
-    ("--invert a.png --to x.png", "NFE 100 + 100")])
-def test_pictures_take_ten_steps_by_default_and_closer_looks_fifty(flags, words, pets_run, capsys):
+    ("--inpaint a.png --mask hole.png", "50 steps of heun"), ("--invert a.png", "NFE 100 + 100")])
+def test_samples_take_ten_steps_by_default_and_closer_looks_fifty(flags, words, pets_run, capsys):
     save_picture("a.png")
+    Image.new("1", (16, 16), 1).save("hole.png")
     sample.main([str(pets_run), "--device", "cpu", "--n", "1", *flags.split()])
     assert words in capsys.readouterr().out
 
 
 @parametrize("flags,words", [
-    ("--n 6 --batch 2", "2 of 6 pictures/s ETA"), ("--n 70", "64 of 70 pictures/s ETA"),
-    ("--bpd 6 --batch 2", "2 of 6 pictures/s ETA"), ("--sweep --n 6 --batch 2", "800 of 5,376 evaluations/s ETA")])
+    ("--n 6 --batch 2", "  2 of 6  0.1 samples/s  ETA 0:00:36"), ("--n 70", "  64 of 70  3.6 samples/s  ETA 0:00:02"),
+    ("--bpd 6 --batch 2", "  2 of 6  0.3 samples/s  ETA 0:00:12"),
+    ("--sweep --n 6 --batch 2", "  800 of 5,376  133.3 evaluations/s  ETA 0:00:34")])
 def test_long_work_shows_how_much_is_done_and_how_long_the_rest_takes(flags, words, capsys, monkeypatch):
     """On a clock that moves six seconds at each look. The fine solution of a sweep takes 400 evaluations a sample."""
     train_moons("--steps 3")
     clock = itertools.count(0, 6)
     monkeypatch.setattr(sample, "time", Namespace(perf_counter=lambda: next(clock)))
     sample.main(["out/moons", "--steps", "3", *flags.split()])
-    said = capsys.readouterr().out
-    assert any(all(word in line for word in words.split()) for line in said.splitlines()), said
+    assert words in capsys.readouterr().out.splitlines()
 
 
 def test_a_sample_depends_on_seed_and_index_only(pets_run):
@@ -2900,7 +2901,7 @@ def test_a_mask_without_a_hole_is_refused_and_one_that_is_all_hole_is_said(capsy
 def test_inversion_finds_noise_that_leads_back_to_the_picture(pets_run, capsys):
     pixels, errors = save_picture("a.png"), []
     for steps in (4, 40):
-        picture, _, again = sampled(pets_run, f"--invert a.png --steps {steps} --shift 1")
+        picture, _, again = sampled(pets_run, f"--invert a.png --steps {steps}")
         errors.append(float(capsys.readouterr().out.split("RMS error ")[1].split()[0]))
         assert_allclose(picture, pixels.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
         assert np.sqrt(np.mean((picture - again) ** 2)) == approx(errors[-1], abs=1e-5)

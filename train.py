@@ -267,7 +267,7 @@ def network_sizes(config, label_count):
 
 
 def make_optimizers(net, config):
-    """AdamW for all weights; or Muon for the matrices inside the blocks and AdamW for the rest. Each step sets their
+    """AdamW for all weights; or Muon for the matrices inside the blocks and AdamW for the rest. `train_step` sets their
     learning rate and weight decay."""
     weights = dict(net.named_parameters())
     matrices = []
@@ -292,7 +292,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            same_shape = defaultdict(list)  # matrices that can be stacked: a few large products, not many small ones
+            # Matrices of one shape are multiplied as one stack: a few large products instead of many small ones.
+            same_shape = defaultdict(list)
             for w in group["params"]:
                 same_shape[w.shape].append(w)
             for (rows, columns), matrices in same_shape.items():
@@ -302,21 +303,22 @@ class Muon(torch.optim.Optimizer):
                     if not state:
                         state["momentum_buffer"] = torch.zeros_like(w)
                     average = state["momentum_buffer"].lerp_(w.grad, 0.05)
-                    # Nesterov: 0.05 grad + 0.95 average, so the latest gradient counts twice.
+                    # Nesterov: 0.05 grad + 0.95 average. The average holds the latest gradient already, so that one
+                    # counts about twice as much.
                     directions.append(w.grad.lerp(average, 0.95))
-                updates = nearest_orthogonal(torch.stack(directions)).to(w.dtype)
+                updates = nearest_orthogonal(torch.stack(directions)).float()
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(matrices, list(updates), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
 
 def nearest_orthogonal(g, rounds=3):
     """Approximates U V^T for each matrix g = U S V^T of a stack, (K, rows, columns). Each round takes a singular value
-    s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which brings all but the smallest near 1 within a few rounds: three are as
-    good here as Jordan's five."""
+    s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which brings all but the smallest between 0.7 and 1.2 within a few rounds.
+    For the default faces three are as good as Jordan's five."""
     tall = g.shape[1] > g.shape[2]
     x = g.bfloat16() if sample.has_bf16(g.device) else g
-    x = x.mT if tall else x  # the smaller product x x^T
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # so that no singular value is above 1
+    x = x.mT if tall else x  # now x x^T is smaller than x^T x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above 1; the first gradients are all 0
     for _ in range(rounds):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # -4.7750 gram + 2.0315 gram gram
@@ -536,18 +538,18 @@ def preset(name, res, size, network=None):
     """The fields that differ from Config's defaults. size: laptop or gpu. network: the one that the user asks for, if
     any."""
     if name in data.POINTS:
-        return dict(network="mlp", width=64, predict="v", times="uniform", optimizer="adamw", steps=3000, batch=256,
-                    lr=2e-3, ema=0.999, report=200, preview=1000)
-    # The formula's mean of logit(t) is for long runs. Short ones draw faces whose parts do not fit together, and ignore
-    # labels, unless they see more noise, which hides all but the layout. So no mean is above Config's, and on a laptop
-    # the formula's shift for larger pictures starts from 0 at 32 pixels.
+        return dict(network="mlp", width=64, predict="v", times="uniform", t_mean=0.0, optimizer="adamw", steps=3000,
+                    batch=256, lr=2e-3, ema=0.999, report=200, preview=1000)
+    # Larger pictures need more noise, see fm.py. Short runs draw faces whose parts do not fit together, and ignore
+    # labels, unless they see still more of it, which hides all but the layout. So on a laptop the mean of logit(t) is
+    # lower than the formula's, and for small pictures it is Config's.
     mean = fm.logit_normal_mean(res) if size == "gpu" else -math.log(res / 32)
     fields = dict(t_mean=min(Config.t_mean, mean))
     patch, overlap = res // 8, 0.25
     if name in data.OFFICIAL:
         network = network or "unet"
-        fields.update(cond="all", flip=name != "mnist", t_mean=-0.4, steps=2000, batch=64, warmup=100, ema=0.995,
-                      report=50, preview=500)
+        fields.update(cond="all", flip=name != "mnist", t_mean=-0.4, width=256, steps=2000, batch=64, warmup=100,
+                      ema=0.995, report=50, preview=500)
     elif size == "gpu" and res >= 128:  # at 256: JiT-B/16, with overlapping patches, about 115M parameters
         fields.update(width=768, depth=12, heads=12, optimizer="adamw", lr=2e-4, batch=128, steps=160_000, warmup=2000,
                       cooldown=0.0, ema=0.9999, report=50, preview=2000)
@@ -555,7 +557,7 @@ def preset(name, res, size, network=None):
     elif size == "gpu" and res > 32:
         fields.update(width=384, depth=8, heads=6, batch=64, lr=1e-3, steps=20_000, warmup=500, ema=0.999, report=50,
                       preview=1000)
-    elif name != "faces" and res <= 32:  # real pictures vary more than the faces, so they get more steps: minutes here
+    elif name != "faces" and res <= 32:  # real pictures vary more than the faces, so they get more of all: minutes here
         fields.update(width=256, steps=2000, ema=0.99)
     elif name != "faces":  # and a night here
         fields.update(width=384, depth=6, heads=6, lr=2e-3, steps=20_000, warmup=100, ema=0.999, report=50, preview=500)
