@@ -561,8 +561,10 @@ def preset(name, res, size, network=None):
         fields.update(width=256, steps=2000, ema=0.99)
     elif name != "faces":  # and a night here
         fields.update(width=384, depth=6, heads=6, lr=2e-3, steps=20_000, warmup=100, ema=0.999, report=50, preview=500)
-    elif res > 32:
+    elif res >= 128:
         fields.update(width=256, steps=900, ema=0.99, preview=300)
+    elif res > 32:
+        fields.update(steps=1200, ema=0.99)
     if size == "laptop" and res >= 64:
         # About 10 x 10 patches, however large the picture. They overlap much, or their edges would show.
         patch, overlap = round(5 / 32 * res), 0.4
