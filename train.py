@@ -558,7 +558,7 @@ def preset(name, res, size, network=None):
         fields.update(width=384, depth=8, heads=6, batch=64, lr=1e-3, steps=20_000, warmup=500, ema=0.999, report=50,
                       preview=1000)
     elif name != "faces" and res <= 32:  # real pictures vary more than the faces, so they get more of all: minutes here
-        fields.update(width=256, steps=2000, ema=0.99)
+        fields.update(t_mean=0.0, width=256, steps=2000, ema=0.99)
     elif name != "faces":  # and a night here
         fields.update(width=384, depth=6, heads=6, lr=2e-3, steps=20_000, warmup=100, ema=0.999, report=50, preview=500)
     elif res >= 128:
