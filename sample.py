@@ -256,8 +256,8 @@ def border_ratio(energy, patch, stride):
 
 
 def usual_batch(config, device):
-    """On a CPU, pictures are as fast in small batches, and their progress shows earlier."""
-    return 16 if config.network != "mlp" and device.type == "cpu" else 64
+    """On a CPU, large pictures are as fast in small batches, and their progress shows earlier."""
+    return 16 if config.res > 64 and device.type == "cpu" else 64
 
 
 def progress(n, unit="samples"):
@@ -629,7 +629,7 @@ def parse_flags(argv):
                         help="for --fd: the run whose network judges; itself by default. To compare runs, one for all")
     modes.add_argument("--bpd", type=count, help="instead: likelihood of N held-out samples (or all, if fewer)")
     parser.add_argument("--batch", type=count,
-                        help="samples that pass the network at once (default: 64; for pictures on a CPU 16)")
+                        help="samples that pass the network at once (default: 64; on a CPU, above 64 pixels, 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--columns", type=count, help="pictures in a row (default: a square grid)")
     parser.add_argument("--to", type=Path, help="x.png, x.gif, x.npy or a folder (default: FOLDER/samples.png)")
