@@ -2203,6 +2203,13 @@ def test_larger_pictures_see_more_noise_and_on_a_laptop_more_than_the_formula_sa
         assert means == approx(expected)
 
 
+@parametrize("given,width", [
+    ({}, 128), ({"res": 64}, 128), ({"res": 128}, 256), ({"dataset": "pets"}, 256), ({"dataset": "pets", "res": 64}, 384),
+    ({"dataset": "mnist", "network": "transformer"}, 256), ({"dataset": "mnist"}, 32), ({"dataset": "moons"}, 64)])
+def test_on_a_laptop_small_faces_get_the_smallest_transformer(given, width):
+    assert train.resolve({**given, "preset": "laptop"}).width == width
+
+
 def test_without_cuda_the_preset_is_the_laptops_and_a_flag_chooses_the_other(monkeypatch):
     assert train.resolve({"res": 256, "device": "cpu"}).width == 256
     assert train.resolve({"res": 256, "preset": "gpu"}).width == 768
@@ -2584,6 +2591,11 @@ def test_long_work_shows_how_much_is_done_and_how_long_the_rest_takes(flags, wor
     monkeypatch.setattr(sample, "time", Namespace(perf_counter=lambda: next(clock)))
     sample.main(["out/moons", "--steps", "3", *flags.split()])
     assert words in capsys.readouterr().out.splitlines()
+
+
+@parametrize("res,device,n", [(32, "cpu", 64), (256, "cpu", 16), (256, "cuda", 64)])
+def test_large_pictures_pass_a_cpu_in_small_batches(res, device, n):
+    assert sample.usual_batch(Namespace(res=res), torch.device(device)) == n
 
 
 def test_a_sample_depends_on_seed_and_index_only(pets_run):
