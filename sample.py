@@ -360,9 +360,9 @@ def read_folder(folder, n, shape):
 
 
 def features(net, config, x, device, batch):
-    """What the judge's network makes of pictures x, (n, C, H, W): (n, F). It looks at them at time 0.9, through a little
-    noise, the same for the i-th picture of every set. Each number that comes out of the middle block (of a UNet: half
-    of the way up) becomes two: mean and standard deviation over the tokens."""
+    """What the judge's network makes of pictures x, (n, C, H, W): (n, F). It looks at them at time 0.9, through a
+    little noise, the same for the i-th picture of every set. Each number that comes out of the middle block (of a UNet:
+    half of the way up) becomes two: mean and standard deviation over the tokens."""
     t = 0.9
     layer = net.up2 if config.network == "unet" else net.blocks[(len(net.blocks) - 1) // 2]
     outputs, rows = [], []

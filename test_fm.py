@@ -2204,8 +2204,9 @@ def test_larger_pictures_see_more_noise_and_on_a_laptop_more_than_the_formula_sa
 
 
 @parametrize("given,width", [
-    ({}, 128), ({"res": 64}, 128), ({"res": 128}, 256), ({"dataset": "pets"}, 256), ({"dataset": "pets", "res": 64}, 384),
-    ({"dataset": "mnist", "network": "transformer"}, 256), ({"dataset": "mnist"}, 32), ({"dataset": "moons"}, 64)])
+    ({}, 128), ({"res": 64}, 128), ({"res": 128}, 256), ({"dataset": "pets"}, 256),
+    ({"dataset": "pets", "res": 64}, 384), ({"dataset": "mnist", "network": "transformer"}, 256),
+    ({"dataset": "mnist"}, 32), ({"dataset": "moons"}, 64)])
 def test_on_a_laptop_small_faces_get_the_smallest_transformer(given, width):
     assert train.resolve({**given, "preset": "laptop"}).width == width
 
@@ -2562,7 +2563,8 @@ def test_several_processes_write_the_files_that_one_does(to, pets_run):
     draw = [HERE / "sample.py", pets_run, "--n", 7, "--batch", 4, "--steps", 2, "--device", "cpu"]
     # Without the "--", torchrun takes our --n for the beginning of one of its own flags.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "--"]
-    done = subprocess.run([str(word) for word in [*launch, *draw, "--to", f"three/{to}"]], capture_output=True, text=True)
+    command = [str(word) for word in [*launch, *draw, "--to", f"three/{to}"]]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("7 samples, 2 steps of heun") == 1 and "Warning" not in done.stderr
     sample.main([str(word) for word in [*draw[1:], "--to", f"one/{to}"]])
