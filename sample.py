@@ -598,7 +598,7 @@ def parse_flags(argv):
     parser.add_argument("--n", type=count, default=64, help="how many samples; with labels, rounded up to whole rows")
     parser.add_argument("--steps", type=count,
                         help="steps of the solver (default: 10; for --bpd, --inpaint, --invert, --paths and GIFs 50; "
-                             "for shortcuts 1)")
+                             "with --solver shortcut always 1)")
     parser.add_argument("--solver", default="heun", choices=fm.SOLVERS)
     parser.add_argument("--seed", type=seed, default=0, help="the noise of sample i depends on (seed, i) only")
     parser.add_argument("--tol", type=data.number(float, 1e-6, 1), default=1e-4,
