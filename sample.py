@@ -635,18 +635,25 @@ def parse_flags(argv):
     parser.add_argument("--to", type=Path, help="x.png, x.gif, x.npy or a folder (default: FOLDER/samples.png)")
     args = parser.parse_args(argv)
     if args.steps is None:
+        # Ten are enough for pictures, by --fd. What is measured, edited or watched on its way deserves more.
         closer = args.bpd or args.inpaint or args.invert or args.paths or (args.to and args.to.suffix == ".gif")
         args.steps = 50 if closer else 10
         if args.solver == "shortcut":
             args.steps = 1
+    if args.fd:
+        args.n = args.fd
+    check_flags(args)
+    return args
+
+
+def check_flags(args):
+    """Refuses flags that contradict each other, whatever the run."""
     if args.interpolate and args.n < 2:
         data.fail("--interpolate needs --n 2 or more noises to go between")
     if bool(args.inpaint) != bool(args.mask):
         data.fail("--inpaint PICTURE and --mask MASK go together")
     if args.judge and not args.fd:
         data.fail("--judge goes with --fd N")
-    if args.fd:
-        args.n = args.fd
     if args.solver == "shortcut":
         if args.steps not in fm.SHORTCUT_STEPS:
             data.fail(f"--solver shortcut takes --steps {', '.join(str(steps) for steps in fm.SHORTCUT_STEPS)}")
@@ -664,7 +671,6 @@ def parse_flags(argv):
         data.fail("--bpd and --paths work without --label")
     if args.to and (args.fd or args.bpd or args.sweep):
         data.fail("--fd, --bpd and --sweep print numbers and write nothing: leave --to out")
-    return args
 
 
 def check(args, config, checkpoint, rows, to):
