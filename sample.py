@@ -870,7 +870,7 @@ def pick_device(name):
 
 
 def has_bf16(device):
-    """Does the hardware multiply matrices in bfloat16 natively?"""
+    """Does the hardware multiply matrices in bfloat16? Nothing else may ask it, so that tests can answer for it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):

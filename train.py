@@ -94,7 +94,7 @@ class Config:
     seed: int = flag(0, "of weights, batches, noise and times; what is held out is always the same", low=0,
                      high=2**63 - 1)
     device: str = flag("auto", "auto, cpu, cuda or mps")
-    bf16: bool = flag(True, "autocast to bfloat16, where the hardware has it")
+    bf16: bool = flag(True, "multiply matrices in bfloat16, where the hardware does")
     compile: bool = flag(None, "torch.compile; by default on CUDA, where it pays at once")
     out: str = flag("", "where results go; by default out/<data>-<res>")
     report: int = flag(20, "steps between lines of progress")
@@ -275,7 +275,7 @@ def make_optimizers(net, config):
             matrices.append(weights.pop(name))
     optimizers = [torch.optim.AdamW(weights.values(), betas=(0.9, 0.95), fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices))
+        optimizers.append(Muon(matrices, config.bf16 and sample.has_bf16(matrices[0].device)))
     return optimizers
 
 
@@ -283,10 +283,14 @@ class Muon(torch.optim.Optimizer):
     """Moves a matrix against the orthogonal matrix nearest to its averaged gradient, so that all its directions learn
     at one pace (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Its steps are scaled to the size of
     AdamW's (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both. In short runs it needs about half of
-    AdamW's steps. torch.optim.Muon does the same, but always in bfloat16: seconds a step on a CPU without it."""
+    AdamW's steps. torch.optim.Muon does the same, but always in bfloat16: seconds a step on a CPU without it.
 
-    def __init__(self, matrices):
+    bf16: multiply in bfloat16; the average and the weights stay float32.
+    """
+
+    def __init__(self, matrices, bf16):
         super().__init__(matrices, dict(lr=0.0, weight_decay=0.0))
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @torch.no_grad()
     def step(self):
@@ -305,7 +309,7 @@ class Muon(torch.optim.Optimizer):
                     # Nesterov: 0.05 grad + 0.95 average. The average holds the latest gradient already, so that one
                     # counts about twice as much.
                     directions.append(w.grad.lerp(average, 0.95))
-                updates = nearest_orthogonal(torch.stack(directions)).float()
+                updates = nearest_orthogonal(torch.stack(directions).to(self.dtype)).float()
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(matrices, list(updates), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
@@ -315,8 +319,7 @@ def nearest_orthogonal(g, rounds=3):
     s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which brings all but the smallest between 0.7 and 1.2 within a few rounds.
     For the default faces three are as good as Jordan's five."""
     tall = g.shape[1] > g.shape[2]
-    x = g.bfloat16() if sample.has_bf16(g.device) else g
-    x = x.mT if tall else x  # now x x^T is smaller than x^T x
+    x = g.mT if tall else g  # now x x^T is smaller than x^T x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above 1; the first gradients are all 0
     for _ in range(rounds):
         gram = x @ x.mT
@@ -790,7 +793,7 @@ def bench(config, checkpoint, rank, world, device):
           f"{rate / 1e9:,.0f} GFLOP/s")
     n = 8192 if device.type == "cuda" else 2048
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        if name == "bfloat16" and not sample.has_bf16(device):
+        if name == "bfloat16" and not (config.bf16 and sample.has_bf16(device)):
             continue
         a = torch.randn(n, n, dtype=dtype, device=device)
         top = 2 * n**3 / seconds(lambda: a @ a) * world
