@@ -6,21 +6,19 @@ A source (a zip, a folder, our own drawing code) is decoded, cropped and resized
 on disk. Training only maps that array into memory. So loading a batch is an index and a memcpy, all processes share
 the pages, and there are no loader processes to tune.
 
-Last in this file: the plumbing that all scripts share (seeds, flags, ending with a message).
+Errors are for the user: a ValueError says what to change, an OSError what failed. Last in this file: the plumbing that
+all scripts share (seeds, flags, progress, writing files whole, ending with a message).
 """
 
 import argparse
 import contextlib
-import csv
-import ctypes
 import functools
 import gzip
 import hashlib
-import inspect
+import http.client
 import io
-import json
+import math
 import os
-import posixpath
 import re
 import shlex
 import signal
@@ -28,19 +26,134 @@ import sys
 import tarfile
 import tempfile
 import time
-import warnings
 import zipfile
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from shutil import disk_usage
+from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+
+# ---------------------------------------------------------------------------------------------------------------
+# Datasets. To add one, add a branch to `find_dataset` (or, for points, a function to POINTS).
+
+VERSION = 1  # of what is packed: raise it when a change of this file changes pixels or labels, and all is packed anew
+
+
+def load(name, root="data", cache="cache", res=32, cond="", channels=None):
+    """A dataset by name or path, packed on first use: (images, labels, label_names, content).
+
+    images: uint8 (N, res, res, C), memory-mapped, or points, float32 (N, 2). labels: those that `cond` asks for, see
+    `choose_labels`. content: a hash of the files' names and sizes and of the labels, but not of pixels, which another
+    version of Pillow may decode a little differently, nor of the place.
+    root: where datasets lie; it is only read. cache: where packs are written. channels: 3 for colour, 1 for grey; by
+    default 3, or an official dataset's own.
+    """
+    if name in POINTS:
+        return points(name, POINTS_DRAWN, seed=0).numpy(), np.zeros(POINTS_DRAWN, np.int64), [], name
+    if channels is None:
+        channels = usual_channels(name)
+    place, files, label_names, n, samples = find_dataset(name, Path(root), res, channels)
+    identity = VERSION, os.path.realpath(place), files, n, res, channels
+    key = hashlib.sha256(repr(identity).encode(errors="surrogateescape")).hexdigest()[:12]
+    pack = Path(cache, f"{short_name(name)}-{res}-{key}.images")
+    if not pack.exists():
+        print(f"packing {name} at {res}x{res} from {place} into {pack}", flush=True)
+        write_pack(pack, n * res**2 * channels, samples, n, files, label_names)
+    try:
+        with np.load(pack.with_suffix(".npz")) as beside:
+            labels, label_names = beside["labels"], beside["label_names"].tolist()
+            skipped, content = int(beside["skipped"]), str(beside["content"])
+        images = np.memmap(pack, mode="r").reshape(len(labels), res, res, channels)
+    except Exception as error:  # cut short, or one of the two deleted
+        raise ValueError(f"{pack} is damaged ({error}); it will be packed anew after rm {shlex.quote(str(pack))}")
+    if skipped:
+        print(f"{skipped:,} pictures of {name} could not be read, and are left out")
+    labels, label_names = choose_labels(labels, label_names, cond)
+    content = hashlib.sha256(repr((content, label_names)).encode() + labels.tobytes()).hexdigest()[:16]
+    return images, labels, label_names, content
+
+
+def find_dataset(name, root, res, channels):
+    """Where a dataset is and what it holds: (place, files, label_names, n, samples).
+
+    place: the file or folder that it comes from. files: (name, size, stamp) each; if a stamp changes, all is packed
+    again. label_names: of attributes or numbered classes; or None, if each sample brings the name of its class. n: how
+    many samples. samples: a lazy generator of (pixels, label, notes), with pixels uint8 (res, res, C) and a list of
+    what was odd; or of (None, name, reason) where a picture cannot be read.
+    """
+    if name == "faces":
+        # As many as take about half a minute to draw. A default run at 32 pixels sees each once or twice.
+        n = min(FACES, 2**27 // res**2)
+        return Path(__file__), [], FACE_ATTRIBUTES, n, stream_faces(n, res)
+    if name in OFFICIAL:
+        paths, about = find_official(name, root), OFFICIAL[name]
+        files = [stamped(path.name, path) for path in paths]
+        return paths[0].parent, files, about["label_names"], about["n"], stream_official(name, paths, res)
+    place = find_celeba(root) if name == "celeba" else Path(name)
+    files, open_picture = list_pictures(place)
+    pictures = [picture for picture, _, _ in files]
+    attributes = place.parent / "list_attr_celeba.txt"
+    if name == "celeba" and attributes.exists():
+        files.append(stamped(attributes.name, attributes))
+        label_names, labels = celeba_attributes(attributes, pictures)
+    else:  # a picture's class is the folder that it lies in
+        label_names = None
+        labels = [PurePosixPath(picture).parent.name or short_name(place) for picture in pictures]
+    samples = stream_files(pictures, labels, open_picture, res, channels)
+    return place, files, label_names, len(pictures), samples
+
+
+def stamped(name, path):
+    about = path.stat()
+    return name, about.st_size, about.st_mtime_ns
+
+
+def choose_labels(labels, label_names, cond):
+    """The labels to learn, and their names: classes, int64 (N,), or attributes, (N, K) of 0 and 1. cond: "all", or some
+    attributes by name, comma-separated; or "" for none: then they are all 0, and a network that was built for none
+    ignores them."""
+    if not cond:
+        return np.zeros(len(labels), np.int64), []
+    if len(label_names) < 2:
+        raise ValueError(f"--cond {cond}: this dataset has no labels to learn (a folder's are its sub-folders; those "
+                         f"of --data celeba come from list_attr_celeba.txt beside its pictures)")
+    if labels.ndim == 1:
+        if cond != "all":
+            raise ValueError(f"--cond {cond}: for this dataset it can be all")
+        counts = np.bincount(labels)
+    else:
+        chosen = label_names if cond == "all" else [name.strip() for name in cond.split(",")]
+        for name in chosen:
+            if name not in label_names or chosen.count(name) > 1:
+                raise ValueError(f"--cond {name}: it can be all, or, each once, {', '.join(label_names)}")
+        labels, label_names = labels[:, [label_names.index(name) for name in chosen]], list(chosen)
+        counts = labels.sum(0)
+    print("labels:", ", ".join(f"{name} ({count:,})" for name, count in zip(label_names, counts)))
+    return labels, label_names
+
+
+def usual_channels(name):
+    return OFFICIAL[name]["channels"] if name in OFFICIAL else 3
+
+
+def usual_res(name):
+    return OFFICIAL[name]["res"] if name in OFFICIAL else 32
+
+
+def short_name(name):
+    """pets for ../pets.zip."""
+    return Path(os.path.realpath(name)).name.removesuffix(".zip")
+
+
+def run_folder(name, res):
+    """Where results go unless the user says otherwise."""
+    return Path("out", name if name in POINTS else f"{short_name(name)}-{res}")
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Batches. Which samples a step gets is a function of (seed, step), so a resumed run needs no generator state.
@@ -99,129 +212,6 @@ def to_uint8(x):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Datasets. To add one, add a branch to `find_dataset` (or, for points, a function to POINTS).
-
-
-def load(name, root="data", res=32):
-    """A dataset by name or path, packed on first use: (images, labels, label_names, digest).
-
-    images: uint8 (N, res, res, C), memory-mapped, or points, float32 (N, 2). labels: attributes, int64 (N, K) of 0 and
-    1, or classes, int64 (N,); pictures without a class have -1 and come last. digest: a hash of the images, wherever
-    they lie.
-    """
-    if not name:
-        fail("--data needs a name or a path")
-    if name in NAMES and Path(name).exists():
-        print(f"--data {name} means the built-in dataset; for your own {name} in this folder: --data ./{name}")
-    if name in POINTS:
-        return points(name, POINTS_DRAWN, seed=0).numpy(), np.zeros(POINTS_DRAWN, np.int64), [], name
-    source, files, label_names, n, samples = find_dataset(name, Path(root), res)
-    # The pack's name holds a hash of the files' paths, sizes and dates and of the code that reads them, so that it is
-    # packed again when one of them changes.
-    identity = [os.path.realpath(source)]
-    for file, path in files.items():
-        about = path.stat()
-        identity.append((file, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
-    code = [inspect.getsource(function) for function in READING]
-    key = hashlib.sha256(repr((identity, n, res, code)).encode(errors="surrogateescape")).hexdigest()[:12]
-    pack = Path(root, "cache", f"{short_name(name)}-{res}-{key}.images")
-    if not pack.exists() and not is_writable(pack.parent):
-        pack = Path("data", "cache", pack.name)  # root may be a shared disk that is read-only
-    if not pack.exists():
-        size = f", {n * res**2 * channels(name) / 1e6:,.0f} MB," if n else ""
-        print(f"packing {name} at {res}x{res}{size} into {pack}", flush=True)
-        write_pack(pack, source, samples, n, label_names)
-    try:
-        with np.load(pack.with_suffix(".npz")) as beside:
-            labels, skipped, digest = beside["labels"], int(beside["skipped"]), str(beside["digest"])
-            label_names = beside["label_names"].tolist()
-        images = np.memmap(pack, mode="r").reshape(len(labels), res, res, channels(name))
-    except Exception as error:  # cut short, or one of the two deleted
-        fail(f"{pack} is damaged ({error}). Delete it, and it will be packed anew: rm -- {all_of(pack)}")
-    if skipped:
-        print(f"{skipped:,} pictures could not be read; {pack.with_suffix('.skipped.txt')} says why")
-    report_old_packs(pack, source)
-    if name == "faces":
-        digest = name  # drawn by arithmetic that processors round differently: the same faces, but not to the bit
-    return images, labels, label_names, digest
-
-
-def find_dataset(name, root, res):
-    """Where a dataset is and what it holds: (source, files, label_names, n, samples).
-
-    source: the file or folder that it comes from. files: {name: path}; if one of them changes, it is packed again. n:
-    how many samples, or None if that is not known without reading them. samples: a lazy generator of (pixels, label,
-    notes), with pixels uint8 (res, res, C) and what was done to them; or None, and the reason, if they cannot be read.
-    """
-    if name == "faces":
-        code = Path(__file__)  # redrawn whenever this file changes
-        # As many as take about half a minute to draw. A default run at 32 pixels sees each once or twice.
-        n = min(FACES, 2**27 // res**2)
-        return code, {code.name: code}, FACE_ATTRIBUTES, n, stream_faces(n, res)
-    if name in OFFICIAL:
-        files = find_official(name, root)
-        names = OFFICIAL[name]["label_names"]
-        return files[0].parent, {file.name: file for file in files}, names, None, stream_official(name, files, res)
-    place = find_celeba(root) if name == "celeba" else Path(name)
-    names, read = list_files(place)
-    pictures = pick_pictures(place, names)
-    tables = [file for file in names if PurePosixPath(file).name in TABLES]
-    files = {file: place / file for file in pictures + tables} if place.is_dir() else {place.name: place}
-    attributes = place.parent / "list_attr_celeba.txt"
-    if name == "celeba" and attributes.exists():
-        files[attributes.name] = attributes
-        label_names, labels = celeba_attributes(attributes, pictures)
-    else:
-        classes = find_classes(pictures, tables, read)
-        label_names = sorted(set(classes.values()))
-        numbers = {label: i for i, label in enumerate(label_names)}
-        pictures.sort(key=lambda picture: picture not in classes)  # those without a class come last
-        labels = [numbers.get(classes.get(picture), -1) for picture in pictures]
-    return place, files, label_names, len(pictures), stream_files(pictures, labels, read, res)
-
-
-def channels(name):
-    return OFFICIAL[name]["channels"] if name in OFFICIAL else 3
-
-
-def usual_res(name):
-    return OFFICIAL[name]["res"] if name in OFFICIAL else 32
-
-
-def short_name(name):
-    """pets for ../pets.zip."""
-    return Path(os.path.realpath(name)).name.removesuffix(".zip")
-
-
-def run_folder(name, res):
-    """Where results go unless the user says otherwise."""
-    return Path("out", name if name in POINTS else f"{short_name(name)}-{res}")
-
-
-def choose_labels(images, labels, label_names, wanted):
-    """(images, labels, label_names) to learn. wanted: "all", or some attributes by name, comma-separated; pictures
-    without a class are left out. Or "" for no labels: then they are all 0, and a network that was built for none
-    ignores them."""
-    if not wanted:
-        return images, np.zeros(len(labels), np.int64), []
-    if len(label_names) < 2:
-        fail(f"--cond {wanted}: this dataset has no labels to learn (a folder's are its sub-folders or a dataset.json, "
-             f"CelebA's come from list_attr_celeba.txt beside the pictures)")
-    if labels.ndim == 1:
-        if wanted != "all":
-            fail(f"--cond {wanted}: for this dataset it can be all")
-        known = (labels >= 0).sum()
-        return images[:known], labels[:known], label_names
-    if wanted == "all":
-        return images, labels, label_names
-    chosen = [name.strip() for name in wanted.split(",")]
-    for name in chosen:
-        if name not in label_names or chosen.count(name) > 1:
-            fail(f"--cond {name}: for this dataset it can be all, or, each once, {', '.join(label_names)}")
-    return images, labels[:, [label_names.index(name) for name in chosen]], chosen
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Points in the plane, within about [-5, 5.5]. They are drawn at each start and kept in memory, never packed.
 
 POINTS_DRAWN = 10**6
@@ -261,30 +251,11 @@ def spirals(n, rng):
     return 4 * np.stack([r * np.cos(angle), r * np.sin(angle)], 1) + 0.1 * rng.normal(size=(n, 2))
 
 
-@functools.lru_cache
-def plane(dim):
-    """A fixed plane in dim dimensions, at a random angle: two orthonormal columns, (dim, 2) float32. For dim = 2 it is
-    the plane itself, not turned."""
-    if dim == 2:
-        return torch.eye(2)
-    return torch.from_numpy(np.linalg.qr(np.random.default_rng(dim).normal(size=(dim, 2)))[0].astype(np.float32))
-
-
-def bury(p, dim):
-    """Points of the plane, (n, 2), as points in dim dimensions, (n, dim)."""
-    return p @ plane(dim).T.to(p)
-
-
-def dig(z):
-    """Points in any number of dimensions, (..., dim), as seen in the plane, (..., 2)."""
-    return z @ plane(z.shape[-1]).to(z)
-
-
 POINTS = {"moons": moons, "8gaussians": eight_gaussians, "checkerboard": checkerboard, "spirals": spirals}
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Cartoon faces, the default data: no download, any resolution, drawn by the code below.
+# Cartoon faces, the default data: no download, any resolution, drawn by the code below (if you change it: VERSION).
 
 FACES = 20_000  # the most that are drawn
 FACE_ATTRIBUTES = ("smiling", "open_mouth", "glasses", "hat", "beard", "long_hair", "curly_hair", "blond")
@@ -436,300 +407,146 @@ def draw_faces(indices, res):
     return (canvas.transpose(1, 2, 3, 0) + 0.5).astype(np.uint8), labels.astype(np.uint8)
 
 
+def stream_faces(n, res):
+    at_once = max(1, 2**16 // res**2)  # few enough to stay in the processor's cache, which is faster than threads
+    for i in range(0, n, at_once):
+        for pixels, label in zip(*draw_faces(range(i, min(i + at_once, n)), res)):
+            yield pixels, label, []
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# Pictures in
+# Pictures in: from a folder or a zip, each read right, or left out by name
 
 
-def list_files(place):
-    """What a folder or zip holds, without hidden things: (names, read). names: sorted, with slashes; none if it is
-    neither. read: a function that returns the bytes of one."""
+def list_pictures(place):
+    """The pictures in a folder or zip: ([(name, size, stamp)], sorted, and a function that opens one by its name).
+    Hidden files are ignored; what else Pillow does not read is counted by its ending, and printed."""
     if place.is_dir():
-        names = [path.relative_to(place).as_posix() for path in walk(place)]
-        return sorted(names), lambda name: (place / name).read_bytes()
-    if not place.is_file():
-        return [], None
-    try:
-        archive, entries = zipfile.ZipFile(place), {}
-    except Exception as error:  # among others BadZipFile, NotImplementedError and UnicodeDecodeError
-        fail(f"{place} is no folder, and no zip that can be read ({error})")
-    for entry in archive.infolist():
-        name = entry.filename.replace("\\", "/").lstrip("/")  # a zip from Windows may have backslashes
-        path = PurePosixPath(name)  # without "./"
-        if name.endswith("/") or any(is_hidden(part) for part in path.parts):
+        found = list_folder(place)
+        opener = lambda name: open(place / name, "rb")
+    else:
+        try:
+            archive = zipfile.ZipFile(place)
+        except Exception as error:  # among others OSError, BadZipFile and UnicodeDecodeError
+            raise ValueError(f"--data {place}: no folder, and no zip that can be read ({error}); data by name: "
+                             f"{', '.join(NAMES)}")
+        entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
+        found = [(name, entry.file_size, entry.CRC) for name, entry in entries.items()]
+        opener = lambda name: archive.open(entries[name])
+    pictures, others = [], Counter()
+    for file in sorted(found):
+        name = PurePosixPath(file[0])
+        if any(is_hidden(part) for part in name.parts):
             continue
-        if str(path) in entries:
-            fail(f"{place} holds {path} twice: unpack it, and name the folder")
-        entries[str(path)] = entry
-    return sorted(entries), lambda name: archive.read(entries[name])
-
-
-def walk(folder, above=()):
-    """The files below a folder. Links are followed, unless they lead back to a folder that they are in."""
-    real = os.path.realpath(folder)
-    if real in above:
-        print(f"left out: {folder}, a link to a folder that holds it")
-        return
-    for path in folder.iterdir():
-        if is_hidden(path.name):
-            continue
-        if path.is_dir():
-            yield from walk(path, (*above, real))
-        elif path.is_file():
-            yield path
+        if Image.registered_extensions().get(name.suffix.lower()) in Image.OPEN:
+            pictures.append(file)
         else:
-            print(f"left out: {path}, a link to nothing, or no file")
+            others[name.suffix.lower() or "without an ending"] += 1
+    if others:
+        print(f"left out of {place}:", ", ".join(f"{count:,} {ending}" for ending, count in others.most_common()))
+    if not pictures:
+        raise ValueError(f"--data {place}: no pictures in it, such as .jpg or .png")
+    return pictures, opener
+
+
+def list_folder(folder):
+    """(name, size, time of change) of each file below a folder. Links are followed, but to each folder once, so circles
+    end."""
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, onerror=lambda error: print("left out:", error), followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            print(f"left out: {here}, a folder that was seen already under another name")
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        for path in (Path(here, name) for name in names):
+            if path.is_file():
+                found.append(stamped(path.relative_to(folder).as_posix(), path))
+            else:
+                print(f"left out: {path}, a link to nothing, or no file")
+    return found
 
 
 def is_hidden(name):
-    """Is this a file or folder that some system keeps for itself? Unix has names with a dot, Synology's disks @eaDir,
-    zips from macOS __MACOSX, Windows the other two."""
+    """Does some system keep this file or folder for itself? Unix has names with a dot, Synology's disks @eaDir, zips
+    from macOS __MACOSX, Windows the other two."""
     return name.startswith(".") or name in ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "Thumbs.db")
 
 
-def is_picture(path):
-    """Has it the ending of a format that Pillow reads?"""
-    return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
+def stream_files(names, labels, open_picture, res, channels):
+    """Decodes in parallel, since Pillow releases the interpreter's lock. Each thread takes a chunk of files: with
+    single ones, small pictures would spend their time waiting for the lock."""
 
+    def read_chunk(chunk):
+        samples = []
+        for i in chunk:
+            try:
+                with open_picture(names[i]) as file:
+                    pixels, notes = read_picture(file, res, channels)
+                samples.append((pixels, labels[i], notes))
+            except Exception as error:  # a broken picture raises anything; it is skipped, and named
+                if getattr(error, "errno", None):
+                    raise  # the disk or the network failed: the picture may be readable next time
+                samples.append((None, names[i], f"{type(error).__name__}: {error}"))
+        return samples
 
-def pick_pictures(place, names):
-    """The names that end like a format that Pillow reads; says what is left out."""
-    pictures, others = [], Counter()
-    for name in names:
-        path = PurePosixPath(name)
-        if is_picture(path):
-            pictures.append(name)
-        elif path.name not in TABLES:
-            others[path.suffix.lower() or "without an ending"] += 1
-    if others:
-        print("left out:", ", ".join(f"{count:,} {ending}" for ending, count in others.most_common()))
-    if not pictures:
-        fail(f"no pictures in {place}: looked for a folder or zip with .jpg, .png or another of Pillow's formats in it "
-             f"(if it has moved: train.py --data and its new place, or a link to that). Other data by name: "
-             f"{', '.join(NAMES)}")
-    return pictures
-
-
-TABLES = ("dataset.json", "metadata.csv", "metadata.jsonl")
-
-
-def find_classes(pictures, tables, read):
-    """{picture: class}, without the pictures that have none. Classes are the sub-folders, unless one of the tables
-    names them."""
-    folders = [PurePosixPath(picture).parent for picture in pictures]
-    top = PurePosixPath(posixpath.commonpath(folders))  # in a zip of the folder pets, say, this is pets
-    origin, classes = "sub-folders", {}
-    for picture, folder in zip(pictures, folders):
-        if folder != top:
-            classes[picture] = str(folder.relative_to(top))
-    for file in tables:
-        try:
-            if not top.is_relative_to(PurePosixPath(file).parent):
-                raise ValueError("it does not lie above all pictures")
-            by_name = read_table(file, read(file).decode("utf-8-sig"))
-            matching = {picture: by_name[picture] for picture in pictures if picture in by_name}
-            if by_name and not matching:
-                raise ValueError("no picture has one of the names in it")
-            if origin != "sub-folders":
-                raise ValueError(f"{origin} does so already")
-            origin, classes = file, matching
-        except Exception as error:  # tables of other forms fail in many ways
-            print(f"{file} was seen and ignored, it does not name the pictures' classes: {error!r:.80}")
-    if origin != "sub-folders" and not classes:
-        print(f"{origin} says that there are no classes")
-    if classes:
-        labels = sorted(set(classes.values()))
-        print(f"{len(labels)} classes from {origin}: {', '.join(labels[:8])}{', ...' if len(labels) > 8 else ''}")
-    if classes and len(classes) < len(pictures):
-        print(f"{len(pictures) - len(classes):,} pictures have no class; --cond leaves them out")
-    return classes
-
-
-def read_table(file, text):
-    """{picture: class} from a table. dataset.json (StyleGAN, EDM) has pairs of picture and label, or null, under
-    "labels"; metadata.csv and metadata.jsonl (Hugging Face) have rows with a file_name and a label."""
-    if file.endswith(".json"):
-        pairs = json.loads(text)["labels"]
-        if pairs is None:
-            return {}
-    elif file.endswith(".jsonl"):
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        pairs = [(row["file_name"], row["label"]) for row in rows]
-    else:
-        pairs = [(row["file_name"], row["label"]) for row in csv.DictReader(io.StringIO(text))]
-    if not pairs:
-        raise ValueError("it is empty")
-    classes = {}
-    for picture, label in pairs:
-        name = str(PurePosixPath(file).parent / picture)
-        if not isinstance(label, str | int | None) or name in classes:
-            raise ValueError(f"{picture} has several labels, or one that is no class")
-        if label not in (None, ""):
-            classes[name] = str(label)
-    return classes
-
-
-def stream_files(names, labels, read, res, channels=3):
-    """Decodes in parallel, since Pillow releases the GIL; a few hundred at a time, so that memory stays small."""
-
-    def work(name, label):
-        try:
-            pixels, done = read_picture(read(name), res, channels)
-            return pixels, label, done
-        except Exception as error:  # a broken picture raises anything; it is skipped, and named
-            if getattr(error, "errno", None):
-                raise  # the disk or the network failed: the picture may be readable next time
-            return None, label, f"{name} ({type(error).__name__}: {error})"
-
-    at_once = max(64, min(512, 2**24 // res**2))  # results that may wait: 50 MB, or 200 at 1024 pixels
+    size = max(8, min(64, 2**21 // res**2))  # of a chunk; 16 of them wait at most, 100 MB
     with ThreadPoolExecutor() as pool:
-        for i in range(0, len(names), at_once):
-            yield from pool.map(work, names[i : i + at_once], labels[i : i + at_once])
+        for start in range(0, len(names), 16 * size):
+            part = range(len(names))[start : start + 16 * size]
+            for samples in pool.map(read_chunk, [part[i : i + size] for i in range(0, len(part), size)]):
+                yield from samples
 
 
-def read_picture(content, res, channels=3):
-    """Decodes a picture file: (uint8 (res, res, channels), list of what was done). Upright, in sRGB, transparency on
-    white, the centre square, resized with antialiasing."""
-    colours, alpha, done = decode(content, res)
-    if alpha is not None:
-        colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
-        done.append("transparency turned white")
-    square = ImageOps.fit(colours, (res, res), Image.Resampling.LANCZOS)
-    pixels = np.array(square if channels == 3 else square.convert("L"))
-    if pixels.max() < 16:
-        done.append("nearly black")
-    if pixels.min() > 239:
-        done.append("nearly white")
-    return pixels.reshape(res, res, channels), done
+def read_picture(file, res, channels=3):
+    """Decodes a picture, of an open file or a path: (uint8 (res, res, channels), list of what was odd). Upright, in
+    sRGB, transparency on white, the centre square, resized with antialiasing.
 
-
-def read_mask(content, res):
-    """Decodes a mask: (bool (res, res), True in the hole, list of what was done). If it is transparent anywhere, the
-    hole is where it is painted; otherwise where it is bright."""
-    colours, alpha, done = decode(content, res)
-    if alpha is None:
-        mask, rule = colours.convert("L"), "hole: where it is white"
-    else:
-        mask, rule = alpha, "hole: where it is painted, not transparent"
-    values = np.asarray(ImageOps.fit(mask, (res, res), Image.Resampling.NEAREST))
-    white = 1 if values.max() == 1 else 255  # some programs write masks as 0 and 1
-    return values > white / 2, done + [rule]
-
-
-def decode(content, res):
-    """A picture file's pixels, upright and in sRGB: (RGB image, its alpha as an L image, or None if it is opaque
-    everywhere, list of what was done). A JPEG may come out smaller than the file says, but not smaller than res."""
-    try:
-        im = Image.open(io.BytesIO(content))
-        size = im.size
-        im.draft("RGB", (res, res))  # JPEG: the decoder halves while it decodes, as long as it stays above res
-        im.load()
-    except Exception:
-        im = Image.open(io.BytesIO(bare_png(content)))
-        size = im.size
-        im.load()
-    done, turn, alpha = [], None, None
-    with contextlib.suppress(Exception):  # the second frame may be damaged, which is no matter
-        if getattr(im, "is_animated", False):
-            done.append("the first of its frames")
-    with contextlib.suppress(Exception):  # so may the metadata
-        turn = TURNS.get(im.getexif().get(ExifTags.Base.Orientation))
+    Raises if it is damaged, or of a kind whose values of black and white are not defined (float, 32 bits, TIFF's 16).
+    """
+    im = Image.open(file)
+    width, height = im.size
+    im.draft("RGB", (res, res))  # JPEG: the decoder halves while it decodes, as long as it stays above res
+    deep = ";16" in str(im.tile)  # Pillow reads grey of 16 bits as it is, colours as their upper 8
+    if im.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr") and not (deep and im.format == "PNG"):
+        raise ValueError(f"pictures of Pillow's mode {im.mode} are not read; save it as an ordinary PNG or JPEG")
+    if deep and "transparency" in im.info:
+        raise ValueError("16 bits with a transparent colour are not read; save it with an alpha channel")
+    im = ImageOps.exif_transpose(im)
+    profile, notes = im.info.get("icc_profile"), []
+    if im.mode.startswith("I"):
+        im = Image.fromarray((np.asarray(im) / 257 + 0.5).astype(np.uint8))
     if im.has_transparency_data:
-        alpha = opacity(im, content)
-        if alpha.getextrema()[0] == 255:
-            alpha = None
-
-    colours = eight_bits(im)
-    mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(colours.mode, "RGB")
-    colours = colours.convert(mode)  # without alpha
-    transform = to_srgb(im.info.get("icc_profile"), mode)
-    if transform:
-        colours = ImageCms.applyTransform(colours, transform)
-        done.append("colours converted to sRGB")
-    colours = colours.convert("RGB")
-
-    if turn is not None:
-        colours = colours.transpose(turn)
-        alpha = None if alpha is None else alpha.transpose(turn)
-        done.append("turned upright")
-    if size[0] != size[1]:
-        done.append("cropped to the centre square")
-    if min(size) != res:
-        done.append(f"{'resized' if min(size) > res else 'enlarged'} to {res}x{res}")
-    return colours, alpha, done
+        white = Image.new("RGBA", im.size, "white")
+        im = Image.alpha_composite(white, im.convert("RGBA"))
+    if im.mode != "CMYK":  # whose profile is for its four inks
+        im = im.convert("RGB")
+    im = ImageOps.fit(im, (res, res), Image.Resampling.LANCZOS)
+    if profile:  # after the resize, since a photograph has 12 million pixels
+        try:
+            im = ImageCms.profileToProfile(im, io.BytesIO(profile), SRGB, outputMode="RGB")
+        except ImageCms.PyCMSError:
+            notes.append("with a colour profile that does not apply, and was ignored")
+    if min(width, height) < res:
+        notes.append(f"enlarged to {res}x{res}")
+    im = im.convert("RGB" if channels == 3 else "L")
+    return np.array(im).reshape(res, res, channels), notes
 
 
-# What makes a picture upright, by the orientation that EXIF gives it.
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}
+SRGB = ImageCms.createProfile("sRGB")
 
 
-def bare_png(content):
-    """A PNG with nothing but its pixels and their colours and orientation, in case the damage is elsewhere; other files
-    as they are."""
-    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return content
-    kept, at = content[:8], 8
-    while at < len(content):
-        end = at + 12 + int.from_bytes(content[at : at + 4], "big")  # length, name, data, checksum
-        kind, checksum = content[at + 4 : at + 8], content[end - 4 : end]
-        sound = zlib.crc32(content[at + 4 : end - 4]).to_bytes(4, "big") == checksum
-        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT") or sound and kind in (b"iCCP", b"eXIf"):
-            kept += content[at:end]
-        at = end
-    return kept + b"\0\0\0\0IEND\xaeB`\x82"
-
-
-def opacity(im, content):
-    """The alpha of a picture as an L image: 255 where it is opaque, 0 where it is transparent."""
-    colour = im.info.get("transparency")
-    deep = im.format == "PNG" and content[24] == 16  # bits per sample
-    if not deep or colour is None:
-        return im.convert("RGBA").getchannel("A")
-    # PNG can make one colour transparent. Pillow compares its 16 bits with pixels of 8.
-    if im.mode == "RGB":
-        differs = (np.asarray(im) != np.array(colour) >> 8).any(axis=2)
-    else:
-        differs = np.asarray(im) != colour
-    return Image.fromarray(np.uint8(255) * differs)
-
-
-def eight_bits(im):
-    """A picture with 8 bits per colour. Pillow reads most files so, but not grey ones of 16 bits."""
-    if im.mode.startswith("I;16") or (im.mode == "I" and im.format == "PPM"):
-        tags = im.tag_v2 if im.format == "TIFF" else {}
-        bits = tags.get(ExifTags.Base.BitsPerSample, [16])[0]  # 12 or 16
-        values = np.asarray(im) / (2**bits - 1)
-        if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is 0
-            values = 1 - values
-        return Image.fromarray((255 * values + 0.5).astype(np.uint8))
-    if im.mode in ("I", "F"):
-        raise ValueError("integers of 32 bits and floating-point numbers have no agreed black and white")
-    return im
-
-
-@functools.lru_cache(maxsize=16)
-def to_srgb(profile, mode):
-    """The transform from a colour profile (bytes, or None) to sRGB. None if there is nothing to do, or if the profile
-    is broken or not for such pictures."""
-    if not profile:
-        return None
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return None
-    if mode != "CMYK":  # is it sRGB already, up to rounding?
-        before = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).convert(mode)
-        after = ImageCms.applyTransform(before, transform)
-        if max(high for _, high in ImageChops.difference(before.convert("RGB"), after).getextrema()) <= 2:
-            return None
-    return transform
-
-
-# A change of these functions, too, means packing again.
-READING = (list_files, is_hidden, is_picture, pick_pictures, find_classes, read_table, stream_files, read_picture,
-           decode, bare_png, opacity, eight_bits, to_srgb)
+def read_mask(file, res):
+    """Decodes a mask: bool (res, res), True in the hole, which is where it is at least half white."""
+    with Image.open(file) as im:
+        if im.has_transparency_data:
+            raise ValueError("a mask must not be transparent: make the hole white, and the rest black")
+    hole = read_picture(file, res, channels=1)[0][..., 0] >= 128
+    if not hole.any():
+        raise ValueError("it has no hole: make it white where the picture is to be filled in, and black elsewhere")
+    return hole
 
 
 def find_celeba(root):
@@ -739,27 +556,169 @@ def find_celeba(root):
         for form in forms:
             if (folder / form).exists():
                 return folder / form
-    fail(f"CelebA is not there: looked in {root}/ for {', '.join(forms[:3])} and the like. Get {forms[0]} "
-         f"(1.3 GB) from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, put it into {root}/ as it is, and run "
-         f"this again (or name the folder it lies in: --root DIR)")
+    raise ValueError(f"CelebA is not there: looked in {root}/ for {', '.join(forms[:3])} and the like. Get {forms[0]} "
+                     f"(1.3 GB) from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, put it into {root}/ as it is, "
+                     f"and run this again (or name the folder it lies in: --root DIR)")
 
 
-def celeba_attributes(table, names):
+def celeba_attributes(table, pictures):
     """CelebA's 40 attributes from its list_attr_celeba.txt: their names, and (N, 40) of 0 and 1. The table has the
     number of pictures in its first line, the names in its second, then a line a picture: file, and 1 or -1 each."""
-    lines = [line.split() for line in table.read_text(errors="replace").splitlines()]
-    attributes = lines[1] if len(lines) > 1 else []
-    rows = {}
-    for words in lines[2:]:
-        if attributes and len(words) == 1 + len(attributes):
-            rows[words[0]] = words[1:]
-    files = [name.rpartition("/")[2] for name in names]
-    missing = [file for file in files if file not in rows]
+    rows = [line.split() for line in table.read_text(errors="replace").splitlines()]
+    names = rows[1] if len(rows) > 1 else []
+    by_file = {row[0]: row[1:] for row in rows[2:] if len(row) == 1 + len(names)}
+    files = [PurePosixPath(picture).name for picture in pictures]
+    missing = [file for file in files if file not in by_file]
     if missing:
-        fail(f"{table} says nothing of {missing[0]} (and {len(missing) - 1} others): get the whole file, or move it "
-             f"away to train without attributes")
-    values = np.array([rows[file] for file in files])
-    return attributes, (values == "1").astype(np.int64)
+        raise ValueError(f"{table} says nothing of {missing[0]} (and {len(missing) - 1} others): get the whole file, "
+                         f"or move it away to train without attributes")
+    return names, (np.array([by_file[file] for file in files]) == "1").astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# MNIST, Fashion-MNIST and CIFAR-10, from the files that their authors publish
+
+OFFICIAL = {  # files: what is published, with its MD5
+    "mnist": dict(
+        res=28, channels=1, n=70_000, label_names="0 1 2 3 4 5 6 7 8 9".split(),
+        url="https://ossci-datasets.s3.amazonaws.com/mnist/",
+        files={"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+               "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+               "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+               "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}),
+    "fashion": dict(
+        res=28, channels=1, n=70_000,
+        label_names="T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
+        url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        files={"train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+               "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+               "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+               "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310"}),
+    "cifar10": dict(
+        res=32, channels=3, n=60_000,
+        label_names="airplane automobile bird cat deer dog frog horse ship truck".split(),
+        url="https://www.cs.toronto.edu/~kriz/",
+        files={"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
+}
+
+NAMES = ["faces", "celeba", *OFFICIAL, *POINTS]  # anything else that --data is given is the path of a folder or zip
+
+
+def find_official(name, root):
+    """The paths of the published files, or of the same without .gz, in root/NAME. Not elsewhere: MNIST and
+    Fashion-MNIST call their files alike."""
+    about, paths = OFFICIAL[name], []
+    for file in about["files"]:
+        path = root / name / file
+        if not path.is_file():
+            path = path.with_suffix("")
+        if not path.is_file():
+            raise ValueError(f"{name} is not there: no {file} (or the same without .gz) in {root / name}/. Get it from "
+                             f"{about['url']}, or let train.py fetch it: python train.py --data {name} --root {root} "
+                             f"--download")
+        paths.append(path)
+    return paths
+
+
+def stream_official(name, paths, res):
+    """All published samples, training and test; `split` decides anew which ones are held out."""
+    arrays = []  # pictures, labels, pictures, labels
+    for path in paths:
+        try:
+            arrays += read_cifar(path) if name == "cifar10" else [read_idx(path)]
+        except Exception as error:  # gzip, tarfile and numpy raise half a dozen kinds for a damaged file
+            if getattr(error, "errno", None):
+                raise  # the disk failed, or reading is forbidden
+            raise ValueError(f"{path} is damaged ({error!r:.90}): delete it, and use --download")
+    pictures, labels = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
+    if len(pictures) != len(labels):
+        raise ValueError(f"{paths[0].parent}/ is damaged, with {len(pictures):,} pictures and {len(labels):,} labels: "
+                         f"delete the files, and use --download")
+    for picture, label in zip(pictures, labels):
+        resized = Image.fromarray(picture).resize((res, res), Image.Resampling.LANCZOS)
+        yield np.asarray(resized), label, []
+
+
+def read_idx(path):
+    """An array in MNIST's format: two zeros, 8 for bytes, the number of dimensions, their sizes (big-endian, 4 bytes
+    each), the values."""
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    sizes = np.frombuffer(content, ">u4", count=content[3], offset=4)
+    if len(sizes) != (1 if "labels" in path.name else 3):
+        raise ValueError("another number of dimensions")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
+
+
+def read_cifar(path):
+    """[pictures, labels] from CIFAR-10's archive: rows of a label and the red, green and blue planes."""
+    with tarfile.open(path) as archive:
+        members = sorted(name for name in archive.getnames() if name.endswith(".bin"))
+        content = b"".join(archive.extractfile(name).read() for name in members)
+    rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+    return [rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]]
+
+
+def download(name, root):
+    """Fetches what is missing into root/NAME."""
+    for file, md5 in OFFICIAL[name]["files"].items():
+        path, url = root / name / file, OFFICIAL[name]["url"] + file
+        if path.exists() or path.with_suffix("").exists():
+            continue
+        print(f"downloading {url} to {path}", flush=True)
+        try:
+            with urlopen(url, timeout=30) as answer, whole(path) as out:
+                report = progress(int(answer.headers["Content-Length"] or 0), "bytes")
+                digest = hashlib.md5()
+                while block := answer.read(10**6):
+                    digest.update(block)
+                    report(out.write(block))
+                if digest.hexdigest() != md5:
+                    raise OSError(f"what came is not the published file, whose MD5 is {md5}")
+        except (OSError, http.client.HTTPException) as error:
+            raise OSError(f"could not download {url}: {error}. Run this again, or put the file into {path.parent}/")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+def write_pack(pack, total, samples, n, files, label_names):
+    """Writes samples to `pack`, `total` raw bytes of one picture after another, and what belongs to them into a .npz
+    beside it. The rest: see `find_dataset`."""
+    pack.parent.mkdir(parents=True, exist_ok=True)
+    free = disk_usage(pack.parent).free
+    if total > free:
+        raise OSError(f"{pack} needs {total / 1e9:.1f} GB, {free / 1e9:.1f} are free: name another disk, --cache DIR")
+    labels, skipped, notes, report = [], {}, Counter(), progress(n, "pictures")
+    with whole(pack) as file:  # not a memory map: there, a full disk kills the process without a message
+        for pixels, label, about in samples:
+            report(1)
+            if pixels is None:
+                skipped[label] = about
+                continue
+            file.write(pixels.tobytes())
+            labels.append(label)
+            notes.update(about)
+        if skipped:
+            print(f"skipped {len(skipped):,} of {n:,} pictures that could not be read; the first are")
+            for name in list(skipped)[:10]:
+                print(f"  {name} ({skipped[name]})")
+        if not labels:
+            raise ValueError(f"none of the {n:,} pictures could be read")
+        if label_names is None:  # of classes that have a picture; numbers in their own order, 2 before 10
+            label_names = sorted(set(labels), key=lambda name: (int(name) if name.isdecimal() else math.inf, name))
+            numbers = {name: i for i, name in enumerate(label_names)}
+            labels = [numbers[name] for name in labels]
+        content = hashlib.sha256()
+        for name, size, _ in files:
+            if name not in skipped:
+                content.update(repr((name, size)).encode(errors="surrogateescape"))
+        with whole(pack.with_suffix(".npz")) as beside:  # it comes first: a pack that exists is complete
+            np.savez(beside, labels=np.array(labels, np.int64), label_names=np.array(label_names, str),
+                     skipped=len(skipped), content=content.hexdigest())
+    print(f"  {len(labels):,} pictures", *(f"{count:,} {note}" for note, count in notes.items()), sep=", ")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -777,21 +736,6 @@ def grid(pixels, columns=None):
         row, column = divmod(i, columns)
         sheet.paste(tile, (gap + column * (W + gap), gap + row * (H + gap)))
     return ImageOps.scale(sheet, max(1, 72 // H), Image.Resampling.NEAREST)
-
-
-def save_whole(im, file):
-    """Saves a PIL image. If this is cut short, an older file stays as it was."""
-    part = file.parent / f".part-{file.name}"
-    try:
-        im.save(part)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def tile(x):
-    """Pictures in [-1, 1], (B, C, H, W), one or a few, as a PIL image of 288 x 288 pixels."""
-    return grid(to_uint8(x)).resize((288, 288), Image.Resampling.NEAREST)
 
 
 def scatter(p):
@@ -817,38 +761,18 @@ def trails(lines):
     return im.reduce(2)
 
 
-def panels(pictures, columns=None):
-    """{title: PIL image}, all of one size, as one image: in rows, each below its title. By default in one row."""
-    W, H = next(iter(pictures.values())).size
-    columns, strip = columns or len(pictures), 30  # pixels for a title
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * W, rows * (strip + H)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (title, im) in enumerate(pictures.items()):
-        row, column = divmod(i, columns)
-        left, top = column * W, row * (strip + H)
-        draw.text((left + W / 2, top + strip / 2), title, "#444444", ImageFont.load_default(16), "mm")
-        sheet.paste(im, (left, top + strip))
-    return sheet
-
-
 def save_gif(file, frames):
     """PIL images as an animation of three seconds that loops, holding the last frame for a while."""
     durations = [max(20, 3000 // len(frames))] * (len(frames) - 1) + [1500]  # milliseconds
     frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def plot(curves, xlabel, logarithmic="y"):
-    """Line plot as a PIL image. curves: {name: (list of x, list of y)}. logarithmic: which axes are, "", "y" or "xy";
-    on those all numbers must be above 0."""
+def plot(curves, xlabel, logarithmic=True):
+    """Line plot as a PIL image. curves: {name: (list of x, list of y)}. logarithmic: the axis of y is, and then all y
+    must be above 0."""
     im = Image.new("RGB", (1440, 840), "white")  # drawn at twice the size, as in `trails`
     draw, font, grey = ImageDraw.Draw(im), ImageFont.load_default(24), "#444444"
-    is_log = np.array([axis in logarithmic for axis in "xy"])
-    lines = []
-    for x, y in curves.values():
-        line = np.stack([x, y], 1).astype(float)  # (n, 2)
-        line[:, is_log] = np.log10(line[:, is_log])
-        lines.append(line)
+    lines = [np.stack([x, np.log10(y) if logarithmic else y], 1) for x, y in curves.values()]  # (n, 2) each
     everything = np.concatenate(lines)
     low, high = everything.min(0), everything.max(0) + 1e-6
 
@@ -858,283 +782,16 @@ def plot(curves, xlabel, logarithmic="y"):
 
     for tick in np.linspace(low, high, 6):  # each is a tick of both axes, (2,)
         x, y = place(tick)
-        value = tick.copy()
-        value[is_log] = 10 ** tick[is_log]
+        value = 10 ** tick[1] if logarithmic else tick[1]
         draw.line([120, y, 1410, y], "#dddddd", 2)
-        draw.text((108, y), f"{value[1]:.3g}", grey, font, "rm")
-        draw.text((x, 762), f"{value[0]:,.0f}" if value[0] >= 10 else f"{value[0]:.2g}", grey, font, "mt")
+        draw.text((108, y), f"{value:.3g}", grey, font, "rm")
+        draw.text((x, 762), f"{tick[0]:,.0f}" if tick[0] >= 10 else f"{tick[0]:.2g}", grey, font, "mt")
     colours = ("#2846a0", "#e07020", "#208040", "#a02860", "#808080")
     for i, (name, line) in enumerate(zip(curves, lines)):
         draw.line(place(line).ravel().tolist(), colours[i], 4)
         draw.text((1398, 42 + 34 * i), name, colours[i], font, "rt")
     draw.text((720, 828), xlabel, grey, font, "mb")
     return im.reduce(2)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Packing
-
-
-def stream_faces(n, res):
-    at_once = max(1, 2**16 // res**2)  # few enough to stay in the processor's cache, which is faster than threads
-    for i in range(0, n, at_once):
-        for pixels, label in zip(*draw_faces(range(i, min(i + at_once, n)), res)):
-            yield pixels, label, []
-
-
-def is_writable(folder):
-    """Can files be made in this folder, which is itself made if need be?"""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
-
-
-def write_pack(pack, source, samples, n, label_names):
-    """Writes samples to `pack`, raw bytes of one picture after another, and what belongs to them into a .npz beside it.
-    n: how many there will be, or None. What could not be read is listed in a .skipped.txt.
-
-    All are written in a temporary folder and move when they are whole. The folder is deleted even if this fails,
-    unless the process is killed outright.
-    """
-    began = time.perf_counter()
-    labels, skipped, done, digest = [], [], Counter(), hashlib.sha256()
-    pack.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="part-", dir=pack.parent) as folder:
-        part = Path(folder, "part.images")
-        with open(part, "wb") as file:  # not a memory map: there, a full disk kills the process without a message
-            for pixels, label, notes in samples:
-                if pixels is None:
-                    skipped.append(notes)
-                    continue
-                content = pixels.tobytes()
-                file.write(content)
-                digest.update(content)
-                labels.append(label)
-                done.update(notes)
-                if len(labels) % 2000 == 0:
-                    report_progress(len(labels), n, time.perf_counter() - began)
-        if skipped:
-            print(f"skipped {len(skipped)} of {n} that could not be read:", *skipped[:10], sep="\n  ")
-        if not labels:
-            fail(f"none of the {n:,} pictures could be read")
-        labels, label_names = drop_empty_classes(np.array(labels, np.int64), label_names)
-        np.savez(part.with_suffix(".npz"), labels=labels, label_names=np.array(label_names, str), skipped=len(skipped),
-                 digest=digest.hexdigest(), source=os.path.realpath(source))
-        part.with_suffix(".skipped.txt").write_text("\n".join(skipped), errors="backslashreplace")
-        for ending in (".skipped.txt", ".npz", ".images"):  # the pictures last: a pack that exists is complete
-            part.with_suffix(ending).replace(pack.with_suffix(ending))
-    print(f"  {len(labels):,} pictures", *(f"{count:,} {note}" for note, count in done.items()), sep=", ", flush=True)
-
-
-def report_progress(done, n, seconds, unit="pictures"):
-    """done: how many were ready after so many seconds; n: how many there will be, or None if nobody knows."""
-    rate = done / seconds
-    if n is None:
-        print(f"  {done:,} {unit}  {rate:,.1f} {unit}/s", flush=True)
-    else:
-        left = timedelta(seconds=round((n - done) / rate))
-        print(f"  {done:,} of {n:,}  {rate:,.1f} {unit}/s  ETA {left}", flush=True)
-
-
-def drop_empty_classes(labels, label_names):
-    """Without the classes none of whose pictures could be read."""
-    if labels.ndim == 2:
-        return labels, label_names
-    present = np.unique(labels[labels >= 0])
-    for i, name in enumerate(label_names):
-        if i not in present:
-            print(f"no class {name}: none of its pictures could be read")
-    renumbered = np.where(labels < 0, -1, np.searchsorted(present, labels))
-    return renumbered, [label_names[i] for i in present]
-
-
-def report_old_packs(pack, source):
-    """Says which packs beside this one are of data that has gone or changed; deleting them is for the user."""
-    old, size = [], 0
-    for other in pack.parent.glob("*.images"):
-        try:
-            with np.load(other.with_suffix(".npz")) as beside:
-                origin = str(beside["source"])
-        except Exception:  # of an earlier version, or damaged
-            origin = ""
-        same_kind = other.name.rpartition("-")[0] == pack.name.rpartition("-")[0]
-        same_data = same_kind and origin == os.path.realpath(source)
-        if other != pack and (same_data or not os.path.exists(origin)):
-            old.append(all_of(other))
-            size += other.stat().st_size
-    if old:
-        print(f"packs of data that is gone from here or has changed, {size / 1e6:,.1f} MB; to delete them: rm -- "
-              f"{' '.join(old)}")
-
-
-def all_of(pack):
-    """A pack and what belongs to it, for the command line."""
-    return shlex.quote(str(pack.with_suffix(""))) + ".*"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# MNIST, Fashion-MNIST and CIFAR-10, from the files that their authors publish
-
-IDX = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
-BINARY = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
-
-OFFICIAL = {  # files: what is published, with its MD5; unpacked: the files inside; folders: where people have them
-    "mnist": dict(
-        res=28, channels=1, unpacked=IDX, folders=["mnist", "MNIST"],
-        url="https://ossci-datasets.s3.amazonaws.com/mnist/",
-        label_names="0 1 2 3 4 5 6 7 8 9".split(),
-        files={"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-               "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-               "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-               "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}),
-    "fashion": dict(
-        res=28, channels=1, unpacked=IDX, folders=["fashion", "fashion-mnist", "FashionMNIST"],
-        url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        label_names="T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
-        files={"train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-               "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
-               "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-               "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310"}),
-    "cifar10": dict(
-        res=32, channels=3, unpacked=BINARY, folders=["cifar10", "cifar-10-batches-bin"],
-        url="https://www.cs.toronto.edu/~kriz/",
-        label_names="airplane automobile bird cat deer dog frog horse ship truck".split(),
-        files={"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
-}
-
-NAMES = ["faces", "celeba", *OFFICIAL, *POINTS]  # anything else that --data is given is the path of a folder or zip
-
-
-def find_files(name, root):
-    """The dataset's files, unpacked or as published; [] if they are not all there.
-
-    Looks below the folders of root that are called like the dataset by us, torchvision or Debian, and in root, if its
-    own path has such a name. Not elsewhere: MNIST and Fashion-MNIST call their files alike.
-    """
-    about = OFFICIAL[name]
-    places = [root / folder for folder in about["folders"]]
-    if not set(about["folders"]).isdisjoint(root.absolute().parts):
-        places.append(root)
-    for place in places:
-        by_name = {file.name: file for file in sorted(place.rglob("*"), reverse=True) if file.is_file()}
-        for wanted in (about["unpacked"], about["files"]):
-            if all(file in by_name for file in wanted):
-                return [by_name[file] for file in wanted]
-    return []
-
-
-def missing_files(name, root):
-    """The published files that are not in the dataset's own folder."""
-    return [file for file in OFFICIAL[name]["files"] if not (root / name / file).exists()]
-
-
-def find_official(name, root):
-    files = find_files(name, root)
-    if not files:
-        fail(f"{name} is not there: no {', '.join(missing_files(name, root))} (or unpacked) in {root / name}/. Type "
-             f"python train.py --data {name} --root {root} --download, or get {OFFICIAL[name]['url']}NAME, into that "
-             f"folder")
-    return files
-
-
-def stream_official(name, files, res):
-    """All published samples, training and test; `split` decides anew which ones are held out."""
-    advice = "and run this again with --download"
-    arrays = []  # pictures, labels, pictures, labels, ...
-    for file in files:
-        try:
-            arrays += arrays_in(file)
-            if len(arrays[-1]) == 0:
-                raise ValueError("empty")
-        except Exception as error:  # gzip, tarfile and numpy raise half a dozen kinds for a damaged file
-            fail(f"{file} is cut short or damaged ({error}); delete it {advice}")
-    size = (28, 28) if channels(name) == 1 else (32, 32, 3)
-    for pictures, labels in zip(arrays[::2], arrays[1::2]):
-        if pictures.shape != (len(labels), *size) or labels.ndim != 1 or labels.max() > 9:
-            fail(f"{files[0].parent}: pictures and labels do not belong together; delete them {advice}")
-    for pictures, labels in zip(arrays[::2], arrays[1::2]):
-        for picture, label in zip(pictures, labels):
-            resized = Image.fromarray(picture).resize((res, res), Image.Resampling.LANCZOS)
-            yield np.asarray(resized), label, []
-
-
-def arrays_in(file):
-    """The arrays in a file, unpacking it if need be."""
-    if file.name.endswith(".tar.gz"):
-        contents = {}
-        with tarfile.open(file, "r:gz") as archive:
-            for member in archive:
-                if member.name.endswith(".bin"):
-                    contents[member.name] = archive.extractfile(member).read()
-        arrays = []
-        for name in sorted(contents):
-            arrays += parse_official(contents[name])
-        return arrays
-    content = file.read_bytes()
-    return parse_official(gzip.decompress(content) if file.suffix == ".gz" else content)
-
-
-def parse_official(content):
-    """Returns [array] for MNIST's format: two zeros, 8 for bytes, the number of dimensions, their sizes (big-endian, 4
-    bytes each), the values. Returns [pictures, labels] for CIFAR-10's: rows of a label and the red, green and blue
-    planes."""
-    if content[:3] == b"\0\0\x08":
-        sizes = np.frombuffer(content, ">u4", count=content[3], offset=4)
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes))
-        return [values.reshape(sizes)]
-    rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
-    pictures = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return [pictures, rows[:, 0]]
-
-
-def download(name, root):
-    """Fetches what is missing into root/name. Only one process may do so at a time."""
-    if find_files(name, root):
-        return
-    (root / name).mkdir(parents=True, exist_ok=True)
-    for file in missing_files(name, root):
-        fetch(OFFICIAL[name]["url"] + file, root / name / file, OFFICIAL[name]["files"][file])
-
-
-def fetch(url, file, md5):
-    """Downloads into FILE.part, going on where an earlier run stopped; its name changes once the MD5 is right."""
-    print(f"downloading {url} to {file}", flush=True)
-    part = file.with_name(file.name + ".part")
-    part.touch()
-    advice = f"Run the same command again, or put the file into {file.parent}/ by hand"
-    try:
-        fetch_rest(url, part)
-    except Exception as error:  # no server, no such file, nonsense, silence
-        fail(f"could not download {url}: {str(error).strip()}. {advice}", status=1)
-    if hashlib.md5(part.read_bytes()).hexdigest() != md5:
-        part.unlink()
-        fail(f"what {url} sent is not the published file (its MD5 is not {md5}) and was deleted. {advice}", status=1)
-    part.rename(file)
-
-
-def fetch_rest(url, part):
-    """Downloads what `part` still lacks."""
-    request = Request(url, headers={"Range": f"bytes={part.stat().st_size}-"})
-    try:
-        answer = urlopen(request, timeout=30)
-    except HTTPError as error:
-        if error.code == 416:  # there is nothing after the range's start: an earlier run got it all
-            return
-        raise
-    # 206 answers with the rest, as asked for; a server that ignores ranges sends all of it.
-    with answer, open(part, "ab" if answer.status == 206 else "wb") as out:
-        total = out.tell() + int(answer.headers["Content-Length"] or 0)
-        while True:
-            block = answer.read(2**21)
-            if not block:
-                break
-            out.write(block)
-            print(f"  {out.tell() / 1e6:,.1f} of {total / 1e6:,.1f} MB", flush=True)
-        if out.tell() < total:
-            raise ConnectionError(f"the connection closed after {out.tell():,} of {total:,} bytes")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1145,23 +802,26 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Packs a dataset and draws a sheet of it.", allow_abbrev=False)
     parser.add_argument("--data", default="faces", help="a name (see README.md), or a folder or zip of pictures")
     parser.add_argument("--res", type=number(int, 8, 10**4), help="pixels a side (32, or an official dataset's own)")
-    parser.add_argument("--root", default="data", help="where datasets are looked for and packed arrays kept")
+    parser.add_argument("--root", default="data", help="where datasets are looked for")
+    parser.add_argument("--cache", default="cache", help="where packed arrays are kept")
     parser.error = fail
     args = parser.parse_args(argv)
     res = args.res or usual_res(args.data)
     to = run_folder(args.data, res) / "data.png"
-    make_folder_for(to)
-    images, _, label_names, _ = load(args.data, args.root, res)
+    check_writable(to.parent)
+    with refusing():
+        images, _, _, _ = load(args.data, args.root, args.cache, res)
     if args.data in POINTS:
         sheet = scatter(images[:2000])
     else:
         sheet = grid(images[permutation(len(images), seed=0, epoch=0)[:64]])
-    sheet.save(to)
-    print(f"{len(images):,} samples; labels: {', '.join(label_names) or 'none'}; wrote {to}")
+    with whole(to) as file:
+        sheet.save(file)
+    print(f"{len(images):,} samples; wrote {to}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Plumbing that every script needs: seeds, flags, ending with a message.
+# Plumbing that every script needs: seeds, flags, progress, writing files whole, ending with a message.
 
 # Batches, noise and the like each have a seed of their own, made from the user's seed (or a fixed one), one of these
 # purposes, and what else they depend on: the step and the process, or the sample. The order of calls has no effect.
@@ -1191,14 +851,45 @@ def number(kind, low=None, high=None):
     return parse
 
 
-def make_folder_for(file):
-    """Makes the folder in which `file` goes (or `file` itself, as a folder, if it has no ending). So what cannot be
-    written is refused before the work, not after it."""
-    if file.suffix and file.is_dir():
-        fail(f"cannot write {file}: there is a folder of that name")
-    folder = file.parent if file.suffix else file
-    if not is_writable(folder):
-        fail(f"cannot write {file}: files cannot be made in {folder}/")
+def progress(n, unit):
+    """Returns a function to call with how much more is done. At most every five seconds it prints how many of the n
+    units are, and how long the rest will take."""
+    began = reported = time.perf_counter()
+    done = 0
+
+    def report(more):
+        nonlocal reported, done
+        done, now = done + more, time.perf_counter()
+        if done < n and now - reported > 5:
+            rate = done / (now - began)
+            left = timedelta(seconds=round((n - done) / rate))
+            print(f"  {done:,} of {n:,} {unit}  {rate:,.1f} {unit}/s  ETA {left}", flush=True)
+            reported = now
+
+    return report
+
+
+def check_writable(folder):
+    """Makes a file that vanishes where this folder is, or will be: so an OSError comes before the work, not after."""
+    while not folder.exists():
+        folder = folder.parent
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextlib.contextmanager
+def whole(file):
+    """A file to write, opened for bytes; its folder is made. It has another name until it is complete and on the disk.
+    So a kill or a full disk leaves what was there before."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".part-{os.getpid()}-{file.name}")  # pillow looks at the ending
+    try:
+        with open(part, "wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def fail(message, status=2):
@@ -1207,48 +898,38 @@ def fail(message, status=2):
     sys.exit(status)
 
 
-REMEDIES = {  # what torch and Triton say when something is missing, and what to do about it
-    "out of memory|can't allocate memory|not enough memory": "a smaller --batch needs less",
-    "No working C.. compiler|Failed to find C compiler|CalledProcessError|working triton": "--no-compile does without",
-}
+@contextlib.contextmanager
+def refusing():
+    """A ValueError in here is for the user to mend: it ends the program with its message."""
+    try:
+        yield
+    except ValueError as error:
+        fail(error)
 
 
 def run(main):
-    """Runs a program. Failures that are no mistake of the program (a full disk, no permission, too little memory) end
-    it with one line instead of a traceback."""
+    """Runs a program. What is no mistake of its own (a full disk, too little memory) ends it in a line, too."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid Unicode
-    warnings.filterwarnings("ignore", module="PIL")  # about metadata; what cannot be read is an error
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, exit_on_signal)
-    if sys.platform == "linux":
-        keep_freed_memory()
+    on_signals(exit_on_signal)
     try:
         main()
-    except (OSError, FloatingPointError, MemoryError, RuntimeError, zipfile.BadZipFile) as error:
-        text = str(error) or "out of memory"
-        for words, remedy in REMEDIES.items():
-            line = re.search(f".*({words}).*", text)
-            if line:
-                fail(f"{line[0]}; {remedy}", status=1)
-        if isinstance(error, RuntimeError):
-            raise  # a mistake in the program
-        fail(text.partition("\n")[0], status=1)
+    except (OSError, FloatingPointError) as error:
+        fail(error, status=1)
+    except (MemoryError, RuntimeError) as error:  # torch has its own kinds for a GPU and for a CPU
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        fail(f"out of memory; a smaller --batch needs less ({str(error):.100})", status=1)
 
 
-def exit_on_signal(signal_number, frame):
+def on_signals(handler):
+    """Sets what happens on Ctrl-C and SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def exit_on_signal(number, frame):
     """Raises SystemExit, so that half-written files are removed on the way out."""
-    sys.exit(128 + signal_number)
-
-
-def keep_freed_memory():
-    """glibc's malloc returns freed memory to the system, by trimming its heap and by unmapping large blocks. The next
-    tensor then pays for fresh memory, with a page fault for every 4 KiB: 6% of a CPU's step at --res 64. We switch off
-    both (see mallopt(3))."""
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-        libc.mallopt(M_MMAP_MAX, 0)
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Flow matching, the mathematics: functions on tensors. Knows no network, file or flag.
-
-    python fm.py      draws what is said here, into out/figures/; nothing is trained
+"""Flow matching, the mathematics: functions on tensors. Knows no network, file or flag; assets/figures.py draws it.
 
 Letters (code that is not about the flow may use x and the others for something else):
 
@@ -17,11 +15,10 @@ Following that mean velocity from noise at t = 0 leads, at t = 1, to samples dis
 """
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import brentq, linear_sum_assignment
+from scipy.optimize import linear_sum_assignment
 
 # Lower bound for divisors that go to 0 at one end of time. It bounds the default loss's weight 1 / (1-t)^2 at 400.
 CLAMP = 0.05
@@ -63,15 +60,25 @@ def loss(net, x, e, t, y=None, predict="x", target="v", path=linear, jitter=None
     low-dimensional surface, and noise and velocities do not: so a clean picture is the easiest thing to predict.
     jitter: extra noise on the network's input only, shaped as z. It teaches the network to correct small errors in z.
     """
-    alpha, sigma, d_alpha, d_sigma = path(per_sample(t, x))
-    z = alpha * x + sigma * e
-    truth = {"x": x, "e": e, "v": d_alpha * x + d_sigma * e}[predict]
+    z = mix(x, e, t, path)
     prediction = net(z if jitter is None else z + jitter, t, y).to(z.dtype)
-    # Truth and prediction are turned into v (or whatever `target` says) alike. This divides by 1-t, clamped, so near
-    # t = 1 not even the true x gives exactly x - e; but a perfect prediction has loss 0 at every t.
-    v = convert(truth, predict, target, z, t, path, CLAMP)
-    v_pred = convert(prediction, predict, target, z, t, path, CLAMP)
-    return (v - v_pred).square().flatten(1).mean(1)
+    return squared_error(prediction, x, e, t, predict, target, path)
+
+
+def mix(x, e, t, path=linear):
+    """The noisy state z at the times t, (B,)."""
+    alpha, sigma, _, _ = path(per_sample(t, x))
+    return alpha * x + sigma * e
+
+
+def squared_error(prediction, x, e, t, predict, target, path):
+    """Of the network's prediction, on `target`: the mean over each sample's numbers, (B,)."""
+    _, _, d_alpha, d_sigma = path(per_sample(t, x))
+    truth = {"x": x, "e": e, "v": d_alpha * x + d_sigma * e}[predict]
+    # Both would be converted to v (or whatever `target` says) alike, and z cancels in the difference: what is left is
+    # the error of the prediction times a factor that depends on t.
+    error = convert(truth - prediction, predict, target, torch.zeros_like(x), t, path, CLAMP)
+    return error.square().flatten(1).mean(1)
 
 
 def convert(p, have, want, z, t, path=linear, clamp=0.0):
@@ -122,56 +129,23 @@ def logit_normal_mean(res):
     return -0.8 - math.log(res / 256)
 
 
-def logit_normal(n, mean, generator, device):
-    """sigmoid of a normal: most times lie near sigmoid(mean), and the two ends are rare."""
+def sample_t(n, times="logit-normal", mean=0.0, generator=None, device=None):
+    """n training times in [0, 1]. Logit-normal: sigmoid of a normal with this mean, so most times lie near
+    sigmoid(mean), and the two ends are rare. Uniform: all alike, and the mean has no effect."""
+    if times == "uniform":
+        return torch.rand(n, generator=generator, device=device)
     return torch.sigmoid(mean + LOGIT_STD * torch.randn(n, generator=generator, device=device))
 
 
-def logit_normal_density(t, mean):
-    t = t.clamp(1e-6, 1 - 1e-6)  # float32 can round a time to 0 or 1, where the formula is 0/0
-    normal = torch.exp(-(((torch.logit(t) - mean) / LOGIT_STD) ** 2) / 2) / (LOGIT_STD * math.sqrt(2 * math.pi))
-    return normal / (t * (1 - t))
-
-
-def uniform(n, mean, generator, device):
-    return torch.rand(n, generator=generator, device=device)
-
-
-def uniform_density(t, mean):
-    return torch.ones_like(t)
-
-
-# How times are drawn, and with what density. Uniform times have no mean to set, and ignore it.
-TIMES = {"logit-normal": (logit_normal, logit_normal_density), "uniform": (uniform, uniform_density)}
-
-
-def sample_t(n, times="logit-normal", mean=0.0, cover=0.0, generator=None, device=None):
-    """n training times in [0, 1]. A fraction `cover` of them is drawn uniformly; `importance` corrects the loss."""
-    draw, _ = TIMES[times]
-    t = draw(n, mean, generator, device)
-    if cover:
-        coin, uniform_t = torch.rand(2, n, generator=generator, device=device)
-        t = torch.where(coin < cover, uniform_t, t)
-    return t
-
-
-def importance(t, times, mean, cover):
-    """The weights p(t) / q(t) for times drawn from q(t) = (1 - cover) p(t) + cover * 1 instead of p, where 1 is the
-    uniform density. They leave the expected loss as it was: rare times are seen more often, and count less each."""
-    _, density = TIMES[times]
-    p = density(t, mean)
-    return p / ((1 - cover) * p + cover)
-
-
-def ot_pair(x, e, block=None):
+def ot_pair(x, e, group):
     """Optimal-transport coupling within a batch: returns e permuted so that the sum of |x - e|^2 is least.
 
     With random pairs paths cross, and where they cross the network can only learn the mean of their directions.
     Optimal pairs hardly cross: paths become nearly straight, and a few Euler steps suffice (Tong et al. 2023, arXiv
     2302.00482; Pooladian et al. 2023, arXiv 2304.14772). Only the noise is permuted, so x and its labels keep their
     order. Every e is used exactly once, so the noise stays standard normal.
-    block: solve the assignment, which costs O(n^3), in groups of this many samples. Raises ValueError if x or e is
-    not finite.
+    group: solve the assignment, which costs O(n^3), for this many samples at a time. Raises ValueError if x or e is not
+    finite.
 
     With labels, take care. Pairs ignore labels, so a label's pictures train with the noises nearest to them, not with
     all of the noise. At sampling that label meets noise it seldom trained with, most visibly under guidance.
@@ -180,11 +154,10 @@ def ot_pair(x, e, block=None):
     products = (x.flatten(1) @ e.flatten(1).T).cpu().double().numpy()
     if not np.isfinite(products).all():
         raise ValueError("ot_pair: x and e must be finite, found NaN or infinity")
-    block = block or len(x)
     order = []
-    for start in range(0, len(x), block):
-        group = slice(start, start + block)
-        _, partners = linear_sum_assignment(products[group, group], maximize=True)
+    for start in range(0, len(x), group):
+        here = slice(start, start + group)
+        _, partners = linear_sum_assignment(products[here, here], maximize=True)
         order.extend(start + partners)
     return e[torch.tensor(order, device=e.device)]
 
@@ -193,25 +166,23 @@ def ot_pair(x, e, block=None):
 # Sampling: follow dz/dt = v(z, t) from noise to data.
 
 
-def velocity(net, predict="x", path=linear, y=None, y_null=None, guidance=1.0, interval=(0.1, 1.0), clamp=None):
+def velocity(net, predict="x", path=linear, y=None, y_null=None, guidance=1.0, interval=(0.1, 1.0), clamp=0.0):
     """The network's velocity field v(z, t), with t a float, for `solve`. If it has learnt shortcuts, see below, also
     v(z, s, t): the mean velocity from time s to time t. Without guidance times may be (B,), one for each sample.
 
     Guidance w is classifier-free (Ho & Salimans 2022, arXiv 2207.12598): v_null + w (v_y - v_null), for t within the
-    interval only (Kynkäänniemi et al. 2024, arXiv 2404.07724), or for shortcuts whose middle is. y_null: y with all
-    labels hidden. Within the interval the network sees each z twice, with y and with y_null; elsewhere, and if w = 1,
-    guidance costs nothing.
+    interval only (Kynkäänniemi et al. 2024, arXiv 2404.07724); a shortcut counts by its middle. y_null: y with all
+    labels hidden. Within the interval the network sees each z twice, with y and with y_null; otherwise once.
 
-    clamp: as in `convert`. The default suits sampling:
-    - x-prediction: none. At 50 steps, training's clamp would let the last step divide by 0.05 where 1-t is 0.02: it
-      would go only 40% of the way to the predicted picture, and leave noise. Unclamped, the last Euler step ends at
-      z + (1-t) (x_pred - z) / (1-t) = x_pred. (On the cosine path it ends near x_pred, and nearer with more steps.)
-    - e-prediction: training's. Its divisor alpha is 0 at the first step. This costs a little: with a perfect
-      e-prediction on the straight path, data from N(2, 0.5^2) come out with mean 1.974 and standard deviation 0.513,
-      however fine the steps.
+    clamp: as in `convert`. Sampling with x-prediction needs none. At 50 steps, training's clamp would let the last step
+    divide by 0.05 where 1-t is 0.02: it would go only 40% of the way to the predicted picture, and leave noise.
+    Unclamped, the last Euler step ends at z + (1-t) (x_pred - z) / (1-t) = x_pred. (On the cosine path it ends near
+    x_pred, and nearer with more steps.) An e-prediction always gets training's, since its divisor alpha is 0 at the
+    first step. This costs a little: with a perfect e-prediction on the straight path, data from N(2, 0.5^2) come out
+    with mean 1.974 and standard deviation 0.513, however fine the steps.
     """
-    if clamp is None:
-        clamp = 0.0 if predict == "x" else CLAMP
+    if predict == "e":
+        clamp = max(clamp, CLAMP)
 
     def v(z, t, end=None):
         middle = t if end is None else (t + end) / 2
@@ -219,11 +190,9 @@ def velocity(net, predict="x", path=linear, y=None, y_null=None, guidance=1.0, i
         inputs, labels = z, y
         if guided:  # both halves in one batch
             inputs, labels = torch.cat([z, z]), torch.cat([y, y_null])
-        times = inputs.new_zeros(len(inputs)) + t  # (B,), if t is a float, too
-        if end is None:
-            prediction = net(inputs, times, labels).to(z.dtype)
-        else:
-            prediction = net(inputs, times, labels, end - times).to(z.dtype)
+        times = inputs.new_zeros(len(inputs)) + t  # t, a float or (B,), as (B,)
+        length = None if end is None else end - times
+        prediction = net(inputs, times, labels, length).to(z.dtype)
         result = convert(prediction, predict, "v", inputs, times, path, clamp)
         if guided:
             v_y, v_null = result.chunk(2)
@@ -233,45 +202,45 @@ def velocity(net, predict="x", path=linear, y=None, y_null=None, guidance=1.0, i
     return v
 
 
+def euler(v, z, s, t):
+    """One step from time s to time t along the velocity at s. Order 1: half the step, half the error."""
+    return z + (t - s) * v(z, s)
+
+
 @torch.no_grad()
-def solve(v, z, ts, solver="euler", end_euler=False, states=None, tol=1e-4):
+def solve(v, z, ts, step=euler, end_euler=False, states=None):
     """Integrates dz/dt = v(z, t) along the times ts (floats, in either direction). Returns z and the NFE, the number
     of evaluations of v.
 
+    step: one of SOLVERS, a function (v, z, s, t) that returns the state at time t.
     end_euler: take the last step by Euler's rule, which never evaluates v at the end. Needed from noise to data when
     the network predicts x and nothing is clamped: its velocity (x_pred - z) / (1-t) divides by 0 at t = 1.
-    solver: one of SOLVERS. "shortcut" calls v(z, s, t); it needs a network that has learnt steps between these times.
-    states: a list that receives the state after each step (dopri5: at each time but the first, and before end_euler).
-    tol: for dopri5, which takes its own steps between the times.
+    states: a list that receives the state after each step.
     """
-    ts, nfe = list(ts), 0
-    if solver == "dopri5" and end_euler:
-        # There may be just one interval, [0, 1], far too long for an Euler step: so dopri5 covers all but its last
-        # thousandth, and Euler the rest.
-        before, end = ts[-2:]
-        ts.insert(-1, end - 1e-3 * (end - before))
+    nfe = 0
+
+    def counted_v(*inputs):
+        nonlocal nfe
+        nfe += 1
+        return v(*inputs)
+
     for s, t in zip(ts, ts[1:]):
         if end_euler and t == ts[-1]:
-            z = euler(v, z, s, t)
-            nfe += 1
-        elif solver == "dopri5":
-            z, evaluations = dopri5(v, z, s, t, tol)
-            nfe += evaluations
-        elif solver == "shortcut":
-            z = z + (t - s) * v(z, s, t)  # along the mean velocity from s to t
-            nfe += 1
-        else:
-            step, evaluations = FIXED_STEP[solver]
-            z = step(v, z, s, t)
-            nfe += evaluations
+            step = euler
+        z = step(counted_v, z, s, t)
         if states is not None:
             states.append(z)
     return z, nfe
 
 
-def euler(v, z, s, t):
-    """One step from time s to time t along the velocity at s. Order 1: half the step, half the error."""
-    return z + (t - s) * v(z, s)
+def time_grid(steps, shift=1.0):
+    """steps + 1 times from 0 (noise) to 1 (data), equally spaced. A shift above 1 makes steps smaller near
+    the noise: it divides the odds t / (1-t) (Esser et al. 2024, arXiv 2403.03206, section 5.3.2)."""
+    return [grid_time(i, steps, shift) for i in range(steps + 1)]
+
+
+def grid_time(i, steps, shift):
+    return i / (i + shift * (steps - i))
 
 
 def heun(v, z, s, t):
@@ -298,9 +267,9 @@ def rk4(v, z, s, t):
     return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 
-def dopri5(v, z, s, t, tol):
-    """From s to t in steps that adapt: each keeps the estimated error below tol (1 + |z|), as a root mean square over
-    the whole batch (Dormand & Prince 1980). Order 5. scipy does it, in float64 on the CPU. Returns z and the NFE."""
+def dopri5(v, z, s, t, tol=1e-4):
+    """Many steps, which adapt: each keeps the estimated error below tol (1 + |z|), as a root mean square over the whole
+    batch (Dormand & Prince 1980). Order 5. scipy does it, in float64 on the CPU."""
     from scipy.integrate import RK45  # only here, since it takes half a second to import
 
     def flat_velocity(time, flat):
@@ -313,52 +282,18 @@ def dopri5(v, z, s, t, tol):
         ode.step()
     if ode.status == "failed":
         raise FloatingPointError(f"dopri5: no step is short enough at t = {ode.t:.6f} for tol = {tol}")
-    return torch.tensor(ode.y, dtype=z.dtype, device=z.device).view_as(z), ode.nfev
+    return torch.tensor(ode.y, dtype=z.dtype, device=z.device).view_as(z)
 
 
-FIXED_STEP = {"euler": (euler, 1), "heun": (heun, 2), "midpoint": (midpoint, 2), "rk4": (rk4, 4)}  # step, evaluations
-SOLVERS = [*FIXED_STEP, "dopri5", "shortcut"]
+def shortcut(v, z, s, t):
+    """Along the mean velocity from s to t, in one evaluation; see below."""
+    return z + (t - s) * v(z, s, t)
 
 
-def time_grid(steps, shift=1.0):
-    """steps + 1 times from 0 (noise) to 1 (data), equally spaced. A shift above 1 makes steps smaller near
-    the noise: it divides the odds t / (1-t) (Esser et al. 2024, arXiv 2403.03206, section 5.3.2)."""
-    return [grid_time(i, steps, shift) for i in range(steps + 1)]
+SOLVERS = {"euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4, "dopri5": dopri5, "shortcut": shortcut}
 
 
-def grid_time(i, steps, shift):
-    return i / (i + shift * (steps - i))
-
-
-def solve_with_churn(v, z, ts, churn, new_noise, path=linear, solver="heun", end_euler=False, states=None, tol=1e-4):
-    """`solve` with randomness on the way. new_noise(): a new e, shaped as z. Returns z and the NFE.
-
-    The score, which is the gradient of log p(z), is -e / sigma, where e is the mean of the noise in z. Adding g/2 score
-    to the velocity, and noise of variance g dt, leaves the distribution of z at each time as it was, for any g(t) >= 0:
-    what the noise spreads, the score draws together (Song et al. 2020, arXiv 2011.13456; Ma et al. 2024, arXiv
-    2401.08740). Here g = 2 churn sigma, which vanishes at t = 1:
-
-        dz = v dt - churn e dt + sqrt(2 churn sigma) dB
-
-    So errors of earlier steps are partly forgotten. Each step first takes the random part, then the ODE's. With x and
-    sigma held fixed the random part has an exact solution: it keeps a fraction of the noise and draws the rest anew.
-    """
-    nfe = 0
-    for s, t in zip(ts, ts[1:]):
-        times = torch.full((len(z),), s, dtype=z.dtype, device=z.device)
-        _, sigma, _, _ = path(torch.tensor(s, dtype=z.dtype))
-        e = convert(v(z, s), "v", "e", z, times, path)
-        keep = torch.exp(-churn * (t - s) / sigma)
-        z = z + sigma * ((keep - 1) * e + (1 - keep**2).sqrt() * new_noise())
-        z, evaluations = solve(v, z, [s, t], solver, end_euler and t == ts[-1], tol=tol)
-        nfe += 1 + evaluations
-        if states is not None:
-            states.append(z)
-    return z, nfe
-
-
-def inpaint(v, z, x, hole, new_noise, ts, path=linear, solver="heun", end_euler=False, states=None, tol=1e-4,
-            repeats=5):
+def inpaint(v, z, x, hole, new_noise, ts, path=linear, step=heun, end_euler=False, states=None, repeats=5):
     """Fills a hole in the picture x. Returns the picture and the NFE. hole: bool, True where to fill. new_noise():
     a new e, shaped as z.
 
@@ -379,7 +314,7 @@ def inpaint(v, z, x, hole, new_noise, ts, path=linear, solver="heun", end_euler=
                 scale = alpha_s / alpha_t
                 missing = (sigma_s**2 - (scale * sigma_t) ** 2).sqrt()
                 z = scale * z + missing * new_noise()
-            z, evaluations = solve(v, z, [s, t], solver, end_euler and t == ts[-1], tol=tol)
+            z, evaluations = solve(v, z, [s, t], step, end_euler and t == ts[-1])
             nfe += evaluations
             z = torch.where(hole, z, alpha_t * x + sigma_t * new_noise())
         if states is not None:
@@ -403,14 +338,15 @@ def inpaint(v, z, x, hole, new_noise, ts, path=linear, solver="heun", end_euler=
 # So long ones are learnt from shorter ones, and the shortest from two Euler steps of the flow (Frans et al. 2024,
 # "shortcut models", arXiv 2410.12557; for any s, m, t: Boffi et al. 2025, arXiv 2505.18825).
 
-# The ways to cut [0, 1] into shortcuts. Each halves the steps of the one before, so m is a time of the next.
+# The ways to cut [0, 1] into shortcuts. Each cuts every step of the one before in two, so m is a time of the next.
 SHORTCUT_STEPS = (1, 2, 4, 8, 16)
 
 
 def sample_shortcuts(n, shift=1.0, generator=None, device=None):
     """n random shortcuts, (n,) each: the times s, m and t, and whether they are of the shortest kind. They are steps of
-    `time_grid` with 1, 2, 4, 8 or 16 steps; each of the five grids is drawn equally often."""
-    steps = 2 ** torch.randint(len(SHORTCUT_STEPS), (n,), generator=generator, device=device)
+    `time_grid`, and each of the grids of SHORTCUT_STEPS is drawn equally often."""
+    choices = torch.tensor(SHORTCUT_STEPS, device=device)
+    steps = choices[torch.randint(len(choices), (n,), generator=generator, device=device)]
     i = torch.floor(steps * torch.rand(n, generator=generator, device=device))
     s, m, t = (grid_time(i + part, steps, shift) for part in (0, 0.5, 1))
     return s, m, t, steps == SHORTCUT_STEPS[-1]
@@ -426,31 +362,38 @@ def shortcut_target(u, z, s, m, t, shortest):
     return (before * first + after * second) / (before + after)
 
 
-def shortcut_loss(net, teacher, x, e, s, m, t, shortest, y=None, predict="x", path=linear):
-    """How far the network's shortcut from s to t is from the teacher's two by way of m, for each sample, (B,): the
-    squared error of what the network predicts.
+def loss_with_shortcuts(net, teacher, x, e, t, shortcuts, y=None, predict="x", target="v", path=linear, jitter=None):
+    """The losses of a batch whose last samples learn shortcuts, and whose others the flow, in one pass of the network:
+    (of the flow, of the shortcuts), one number a sample. For a shortcut it is the squared error of what the network
+    predicts, where the teacher's two shorter shortcuts are the truth.
 
-    teacher: the averaged network, which learns nothing here. s, m, t, shortest: as from `sample_shortcuts`.
+    teacher: the averaged network, which learns nothing here. shortcuts: (s, m, t, shortest), as `sample_shortcuts`
+    returns them. The others as in `loss`; those t that belong to shortcuts are not used.
     """
-    alpha, sigma, _, _ = path(per_sample(s, x))
-    z = alpha * x + sigma * e
+    s, m, end, shortest = shortcuts
+    n = len(x) - len(s)
+    start = torch.cat([t[:n], s])
+    length = torch.cat([torch.zeros_like(t[:n]), end - s])  # 0: the flow itself
+    z = mix(x, e, start, path)
+    prediction = net(z if jitter is None else z + jitter, start, y, length).to(z.dtype)
+    flow = squared_error(prediction[:n], x[:n], e[:n], t[:n], predict, target, path)
     with torch.no_grad():
-        u = shortcut_target(velocity(teacher, predict, path, y), z, s, m, t, shortest)
-        target = convert(u, "v", predict, z, s, path)
-    prediction = net(z, s, y, t - s).to(z.dtype)
-    return (prediction - target).square().flatten(1).mean(1)
+        u = velocity(teacher, predict, path, None if y is None else y[n:])
+        mean_velocity = shortcut_target(u, z[n:], s, m, end, shortest)
+        truth = convert(mean_velocity, "v", predict, z[n:], s, path)
+    return flow, (prediction[n:] - truth).square().flatten(1).mean(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Likelihood: a flow is invertible, so the density of its samples is known (Chen et al. 2018, arXiv 1806.07366).
 
 
-def log_likelihood(v, x, ts, solver="rk4", probe=None):
+def log_likelihood(v, x, ts, probe=None):
     """log p(x) of each sample in nats, (B,), and the NFE. It solves z from data back to noise together with
 
         d log p(z_t) / dt = - trace(dv/dz)        so log p(x) = log N(e; 0, 1) - integral of the trace over [0, 1]
 
-    ts: the solver's times, from data to noise; or values of another variable, if v is dz by that variable. probe:
+    ts: times of RK4's steps, from data to noise; or of a clock u(t), and then v is dz/du. probe:
     random signs shaped as x, the same for the whole solve, for Hutchinson's unbiased estimate of the trace, probe^T
     (dv/dz) probe (Grathwohl et al. 2018, arXiv 1810.01367). None: the exact trace, a sum over all d unit vectors, in d
     backward passes per evaluation.
@@ -474,27 +417,26 @@ def log_likelihood(v, x, ts, solver="rk4", probe=None):
         return torch.cat([out.detach().flatten(1), trace[:, None]], dim=1)
 
     start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1)
-    end, nfe = solve(velocity_and_trace, start, ts, solver)
+    end, nfe = solve(velocity_and_trace, start, ts, rk4)
     e, integral = end[:, :d], end[:, d]  # from data to noise: this is minus the integral from noise to data
     log_normal = -(e.square().sum(1) + d * math.log(2 * math.pi)) / 2
     return log_normal + integral, nfe
 
 
-def bits_per_dimension(v, x, e, probe, noise, steps, path=linear):
+def bits_per_dimension(v, x, e, probe, t_end, steps, path=linear):
     """An upper bound on the bits that each number of the pictures x takes, (B,), and the NFE. It is a bound on average
     over e and probe, and up to the solver's error.
 
-    A flow has a density for real numbers, but pictures are bytes: 256 grey levels. So stop at the time just before 1 at
-    which sigma is `noise`, and draw z from q(z|x) = N(alpha x, sigma^2). Count the bits of z, and then those of which
-    level each number has, less the information in the draw itself (variational dequantisation, Ho et al. 2019, arXiv
-    1902.00275; with the levels as here: Kingma et al. 2021, arXiv 2107.00630):
+    A flow has a density for real numbers, but pictures are bytes: 256 grey levels. So stop just before 1, at t_end, and
+    draw z from q(z|x) = N(alpha x, sigma^2). Count the bits of z, and then those of which level each number has, less
+    the information in the draw itself (variational dequantisation, Ho et al. 2019, arXiv 1902.00275; with the levels as
+    here: Kingma et al. 2021, arXiv 2107.00630):
 
-        -log P(x)  <=  mean over z of  log q(z|x) - log p(z) - log P(x|z)
+        -log P(x)  <=  mean over z of  [log q(z|x) - log p(z) - log P(x|z)]
 
     e: the noise of the draw, standard normal. probe: see log_likelihood. v: an x-prediction needs no clamp, since t
-    stays below 1. Less noise makes the level more certain, but errors of the network near t = 1 then cost more.
+    stays below 1. The later t_end, the more certain the level, but errors of the network near t = 1 then cost more.
     """
-    t_end = brentq(lambda t: float(path(torch.tensor(t, dtype=torch.float64))[1]) - noise, 0, 1)
     alpha, sigma, _, _ = path(torch.tensor(t_end, dtype=x.dtype))
     z = alpha * x + sigma * e
     log_draw = -(e.square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2 - x[0].numel() * sigma.log()
@@ -504,7 +446,7 @@ def bits_per_dimension(v, x, e, probe, noise, steps, path=linear):
         return -math.exp(u) * v(z, 1 - math.exp(u))
 
     us = np.linspace(math.log(1 - t_end), 0, steps + 1).tolist()
-    log_density, nfe = log_likelihood(v_u, z, us, "rk4", probe)
+    log_density, nfe = log_likelihood(v_u, z, us, probe)
     grey_levels = alpha * (torch.arange(256).to(x) / 127.5 - 1)  # as in data.to_tensor
     log_levels = []
     for picture, noisy in zip(x, z):  # one by one, for there are 256 numbers for each number of a picture
@@ -538,201 +480,10 @@ def frechet(a, b):
     The fewer vectors, the larger it comes out, since covariances are then known badly: compare only results of equal n.
     """
     a, b = a.double().cpu(), b.double().cpu()
-    # Triangular matrices with root_a^T root_a = cov_a. The singular values of root_a root_b^T are the roots of the
-    # eigenvalues of cov_a cov_b, without its rounding.
-    root_a = torch.linalg.qr((a - a.mean(0)) / math.sqrt(len(a) - 1), mode="r").R
-    root_b = torch.linalg.qr((b - b.mean(0)) / math.sqrt(len(b) - 1), mode="r").R
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    traces = root_a.square().sum() + root_b.square().sum()
-    return (means + traces - 2 * torch.linalg.svdvals(root_a @ root_b.T).sum()).item()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Figures: `python fm.py` draws what this file is about. Each function prints its numbers and returns them. The drawing
-# is data.py's, which nothing above needs.
-
-FIGURES = Path("out", "figures")
-
-
-def draw_pairs():
-    """Noise and data as straight lines, in random pairs and in the optimal ones: how long they are, how many cross."""
-    import data
-
-    x = data.points("moons", 150, seed=0)
-    e = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    pictures, numbers = {}, []
-    for title, noise in (("random pairs", e), ("optimal-transport pairs", ot_pair(x, e))):
-        length, crossed = (x - noise).norm(dim=1).mean().item(), crossings(noise, x)
-        numbers.append((length, crossed))
-        title = f"{title}: mean length {length:.2f}, {crossed:,} crossings"
-        pictures[title] = data.trails(torch.stack([noise, x], dim=1).numpy())
-        print(f"pairs.png    {title}")
-    data.save_whole(data.panels(pictures), FIGURES / "pairs.png")
-    return numbers
-
-
-def crossings(a, b):
-    """How many pairs of the segments from a to b, (n, 2) each, cross."""
-
-    def side(p):
-        """(n, n): on which side of the line through a_i and b_i point p_j lies, +1 or -1."""
-        along, across = b - a, p - a[:, None]
-        return (along[:, None, 0] * across[..., 1] - along[:, None, 1] * across[..., 0]).sign()
-
-    separated = side(a) * side(b) < 0  # line i passes between the two ends of segment j
-    return int((separated & separated.T).sum()) // 2
-
-
-def exact_velocity(points, path=linear):
-    """v(z, t) that a perfect network would learn from a dataset of finitely many points, (n, d).
-
-    Any of them may be the x in z. If it was x, the noise was e = (z - alpha x) / sigma, and the density of that e is
-    Bayes' weight for x: a softmax of -|e|^2 / 2. For given z the velocity is linear in x, so its mean is that of the
-    mean x.
-    """
-
-    def v(z, t):
-        times = torch.full((len(z),), t, dtype=z.dtype)
-        alpha, sigma, _, _ = path(times[:1])
-        e = (z[:, None] - alpha * points) / sigma  # (B, n, d)
-        weights = (-e.square().sum(dim=2) / 2).softmax(dim=1)  # (B, n)
-        return convert(weights @ points, "x", "v", z, times, path)
-
-    return v
-
-
-def draw_exact_flow():
-    """The exact velocity of 200 points at three times, and paths along it. The pairs are straight, but the paths bend:
-    where pairs cross, a path follows their mean. On the cosine path even the pairs are bent."""
-    import data
-
-    x = data.points("moons", 200, seed=0)
-    e = torch.randn(150, 2, generator=torch.Generator().manual_seed(0))
-    ticks = torch.linspace(-4.8, 4.8, 15)
-    places = torch.cartesian_prod(ticks, ticks)  # (225, 2)
-    pictures, bends = {}, []
-    for t in (0.0, 0.5, 0.9):
-        arrows = torch.stack([places, places + 0.15 * exact_velocity(x)(places, t)], dim=1)  # (225, 2, 2)
-        pictures[f"exact velocity at t = {t}"] = data.trails(arrows.numpy())
-    pictures["pairs (every fifth)"] = data.trails(torch.stack([e, x[:150]], dim=1)[::5].numpy())
-    for name, path in PATHS.items():
-        states = [e]
-        solve(exact_velocity(x, path), e, time_grid(100), end_euler=True, states=states)
-        lines = torch.stack(states, dim=1)  # (150, 101, 2)
-        walked = lines.diff(dim=1).norm(dim=2).sum(dim=1)
-        bends.append((walked / (lines[:, -1] - lines[:, 0]).norm(dim=1)).mean().item())
-        pictures[f"paths: {name}"] = data.trails(lines.numpy())
-        print(f"flow.png     {name} path: {bends[-1]:.3f} times as long as the straight line")
-    data.save_whole(data.panels(pictures, columns=3), FIGURES / "flow.png")
-    return bends
-
-
-def draw_times():
-    """The density of the training times at 64, 256 and 512 pixels, by the formula (for short runs see train.preset)."""
-    import data
-
-    t = torch.linspace(0, 1, 400)
-    curves, peaks = {}, []
-    for res in (64, 256, 512):
-        mean = logit_normal_mean(res)
-        density = logit_normal_density(t, mean)
-        curves[f"{res} pixels, mean of logit(t) {mean:.2f}"] = t, density
-        peaks.append(t[density.argmax()].item())
-        print(f"times.png    {res} pixels: most times near t = {peaks[-1]:.2f}")
-    data.save_whole(data.plot(curves, "t (0: noise, 1: data)", logarithmic=""), FIGURES / "times.png")
-    return peaks
-
-
-def draw_noise_and_size():
-    """One picture at two sizes, both at t = 0.3. Averaged down to 32 x 32, the larger one has lost its noise and kept
-    its content: to hide as much, it needs more noise."""
-    import data
-
-    t, pictures, left = 0.3, {}, []
-    for res in (32, 256):
-        x = data.to_tensor(data.draw_faces([18], res)[0], torch.device("cpu"))
-        noise = (1 - t) * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-        averaged = torch.nn.functional.avg_pool2d(noise, res // 32)
-        left.append(averaged.std().item())
-        print(f"noise.png    {res} pixels at t = {t}: noise of {left[-1]:.2f} after averaging down to 32 pixels")
-        pictures[f"{res} pixels, t = {t}"] = t * x + noise
-    pictures["the same, averaged to 32"] = torch.nn.functional.avg_pool2d(pictures[f"256 pixels, t = {t}"], 8)
-    data.save_whole(data.panels({title: data.tile(z) for title, z in pictures.items()}), FIGURES / "noise.png")
-    return left
-
-
-def draw_sine():
-    """dz/dt = cos(t) from z = 0, whose solution is a sine, by Euler's method."""
-    import data
-
-    curves, errors = {}, []
-    for steps in (10, 30, 100):
-        ts = np.linspace(0, 2 * math.pi, steps + 1)
-        states = [torch.zeros(1, dtype=torch.float64)]
-        solve(lambda z, t: torch.full_like(z, math.cos(t)), states[0], ts.tolist(), states=states)
-        z = torch.cat(states).numpy()
-        errors.append(np.abs(z - np.sin(ts)).max())
-        curves[f"Euler, {steps} steps"] = ts, z
-        print(f"sine.png     {steps:3d} Euler steps: largest error {errors[-1]:.3f}")
-    curves["sin(t)"] = ts, np.sin(ts)
-    data.save_whole(data.plot(curves, "t", logarithmic=""), FIGURES / "sine.png")
-    return errors
-
-
-def draw_solvers():
-    """Error against the number of evaluations, for the flow from noise to data from N(2, 1.5^2), whose velocity and
-    solution have closed forms. On the cosine path, since on the straight one the midpoint rule would have order 3."""
-    import data
-
-    def v(z, t):
-        alpha, sigma, d_alpha, d_sigma = cosine(torch.tensor(t, dtype=z.dtype))
-        variance = (1.5 * alpha) ** 2 + sigma**2  # of z, whose mean is 2 alpha
-        half_its_rate = 1.5**2 * alpha * d_alpha + sigma * d_sigma
-        return 2 * d_alpha + (z - 2 * alpha) * half_its_rate / variance
-
-    e = torch.linspace(-2, 2, 9, dtype=torch.float64)
-    exact = 2 + 1.5 * e
-    curves, slopes = {}, {}
-    for solver, (_, evaluations) in FIXED_STEP.items():
-        nfe = [4 * 2**k for k in range(7)]
-        errors = [(solve(v, e, time_grid(n // evaluations), solver)[0] - exact).abs().max() for n in nfe]
-        slopes[solver] = math.log2(errors[-2] / errors[-1])
-        curves[solver] = nfe, errors
-        print(f"solvers.png  {solver}: twice the evaluations, {2 ** slopes[solver]:.1f} times less error, order "
-              f"{slopes[solver]:.2f}")
-    tried = [solve(v, e, [0.0, 1.0], "dopri5", tol=10.0**-k) for k in range(3, 10)]
-    curves["dopri5"] = [nfe for _, nfe in tried], [(z - exact).abs().max() for z, _ in tried]
-    data.save_whole(data.plot(curves, "evaluations of v", logarithmic="xy"), FIGURES / "solvers.png")
-    return slopes
-
-
-def draw_last_step():
-    """What is left of the noise after 50 Euler steps if a perfect x-prediction is turned into v with training's clamp,
-    and without it."""
-    import data
-
-    x = data.to_tensor(data.draw_faces([18], 64)[0], torch.device("cpu"))
-    e = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    pictures, left = {}, []
-    for title, clamp in (("with training's clamp", CLAMP), ("without", 0.0)):
-        v = velocity(lambda z, t, y: x, clamp=clamp)
-        z, _ = solve(v, e, time_grid(50), end_euler=True)
-        left.append((z - x).std().item() * 127.5)
-        print(f"last.png     {title}: noise of {left[-1]:.2f} grey levels is left")
-        for name, picture in ((title, z), ("10 times the error", 10 * (z - x))):
-            pictures[f"{name}, {left[-1]:.2f} grey levels"] = data.tile(picture)
-    data.save_whole(data.panels(pictures), FIGURES / "last.png")
-    return left
-
-
-def main():
-    FIGURES.mkdir(parents=True, exist_ok=True)
-    for draw in (draw_pairs, draw_exact_flow, draw_times, draw_noise_and_size, draw_sine, draw_solvers, draw_last_step):
-        draw()
-    print(f"wrote {FIGURES}/*.png")
-
-
-if __name__ == "__main__":
-    import data
-
-    data.run(main)
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    # Matrices with root_a^T root_a = cov_a. The singular values of root_a root_b^T are the roots of the eigenvalues of
+    # cov_a cov_b, and their sum is the nuclear norm.
+    root_a = (a - mean_a) / math.sqrt(len(a) - 1)
+    root_b = (b - mean_b) / math.sqrt(len(b) - 1)
+    traces = root_a.square().sum() + root_b.square().sum() - 2 * torch.linalg.matrix_norm(root_a @ root_b.T, "nuc")
+    return ((mean_a - mean_b).square().sum() + traces).item()
