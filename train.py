@@ -159,20 +159,17 @@ def train(config, checkpoint, rank, world, device):
     if rank == 0:
         data.check_writable(out)
     images, labels, label_names, content = load_dataset(config, checkpoint, rank)
-    if rank == 0 and checkpoint and "keep_end_as" in checkpoint:  # of the shorter run, if this one starts before it
-        shutil.copyfile(out / "ckpt.pt", out / checkpoint["keep_end_as"])
+    if rank == 0 and checkpoint and "keep_end_as" in checkpoint:
+        keep_end(out, checkpoint["keep_end_as"])
     net, ema, optimizers, sizes = build_networks(config, checkpoint, len(label_names), device, world)
-    wrapped = wrap(net, config, world, device)
-    wrapped_ema = wrap(ema, config, 1, device)  # each process has its own average
+    wrapped, wrapped_ema = wrap(net, config, world, device), wrap(ema, config, 1, device)
     first, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
-    # What goes into every checkpoint. `log` is the list to which the loop appends, so each one holds all rows so far.
     about = dict(config=vars(config), net=sizes, label_names=label_names, multi_hot=labels.ndim == 2, content=content,
-                 log=log)
+                 log=log)  # is in every checkpoint, with all rows of the log so far
     signals = []  # Ctrl-C and SIGTERM only add their numbers, so that the loop can finish its step and save
     data.on_signals(lambda number, frame: signals.append(number))
+    total, reported, timed = torch.zeros((), device=device), first, first
     began = clock = time.perf_counter()
-    reported = timed = first
-    total = torch.zeros((), device=device)
 
     for step in range(first, config.steps):
         if rank == 0 and step == cooldown_start(config):
@@ -198,8 +195,7 @@ def train(config, checkpoint, rank, world, device):
                 save(out / "ckpt.pt", about, done, net, ema, optimizers)
                 write_log(out, log)
             if rank == 0 and milestone:
-                with data.whole(out / "samples" / f"{done:06d}.png") as file:
-                    preview(ema, config, images, labels, device, done).save(file)
+                write_preview(out, ema, config, images, labels, device, done)
             total.zero_()
             reported = timed = done
             clock = time.perf_counter()
@@ -217,8 +213,6 @@ def train(config, checkpoint, rank, world, device):
         print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
         sys.exit(128 + stop)
     print(f"{time.perf_counter() - began:.0f} s; weights, log and pictures are in {out}/")
-    if rank == 0 and config.data in data.POINTS:
-        measure_points(ema, config, device)
     return ema
 
 
@@ -369,18 +363,20 @@ def held_out(net, config, images, labels, device):
     return {"held_out": sum(bins) / 10, **{f"t{i}": loss for i, loss in enumerate(bins)}}
 
 
-def preview(ema, config, images, labels, device, done):
-    """A picture of samples, always from the same noise and held-out labels, so that previews can be compared. Once
-    shortcuts are learnt, pictures have a second row: what one step makes of the same noise."""
+def write_preview(out, ema, config, images, labels, device, done):
+    """Draws samples, always from the same noise and held-out labels, so that previews can be compared. Once shortcuts
+    are learnt, pictures have a second row: what one step makes of the same noise."""
     n = 2000 if config.data in data.POINTS else PREVIEW_PICTURES
     chosen = np.resize(data.split(len(images))[1], n)
     y = data.send(labels[chosen], device)
     e = sample.noise(range(n), sample.shape_of(config), seed=0).to(device)
     x, _ = sample.generate(ema, config, e, PREVIEW_STEPS, y=y)
-    if not config.shortcut or done <= cooldown_start(config) or config.data in data.POINTS:
-        return sample.draw(x, config)
-    in_one_step, _ = sample.generate(ema, config, e, 1, "shortcut", y=y)
-    return sample.draw(torch.cat([x, in_one_step]), config, columns=n)
+    columns = None
+    if config.shortcut and done > cooldown_start(config) and config.data not in data.POINTS:
+        in_one_step, _ = sample.generate(ema, config, e, 1, "shortcut", y=y)
+        x, columns = torch.cat([x, in_one_step]), n
+    with data.whole(out / "samples" / f"{done:06d}.png") as file:
+        sample.draw(x, config, columns).save(file)
 
 
 def save(file, about, step, net, ema, optimizers):
@@ -392,7 +388,16 @@ def save(file, about, step, net, ema, optimizers):
     states = [optimizer.state_dict() for optimizer in optimizers]
     checkpoint = {**about, "step": step, "weights": weights, "ema": ema.state_dict(), "optimizers": states}
     with data.whole(file) as out:
-        torch.save(checkpoint, out)
+        try:
+            torch.save(checkpoint, out)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"could not write {file}: is the disk full? What was there is untouched ({str(error):.60})")
+
+
+def keep_end(out, name):
+    """Copies the latest checkpoint of a run that is made longer, and so starts again from before its cool-down."""
+    with open(out / "ckpt.pt", "rb") as latest, data.whole(out / name) as file:
+        shutil.copyfileobj(latest, file)
 
 
 COLUMNS = ["step", "loss", "lr", "samples_s", "held_out", *(f"t{i}" for i in range(10))]
@@ -444,7 +449,10 @@ def main(argv=None):
     print(*(f"{field}={value}" for field, value in vars(config).items()))
     if bench_only:
         return bench(config, rank, world, device)
-    return train(config, checkpoint, rank, world, device)
+    ema = train(config, checkpoint, rank, world, device)
+    if rank == 0 and config.data in data.POINTS:
+        measure_points(ema, config, device)
+    return ema
 
 
 # What differs from Config's defaults. patches=(n, a, b): n patches a side, and patch to stride about as a to b.
@@ -579,9 +587,9 @@ MAY_CHANGE = "data root cache download steps lr device bf16 compile out report p
 def resume(given):
     """(checkpoint, config) to go on with. config: the run's own, but for the given fields that may change.
 
-    It goes on from ckpt.pt, unless --steps has changed and the learning rate has begun to fall: then from stable.pt,
-    the state from just before, and the end of the shorter run stays as ckpt-STEP.pt. So a run of k steps, extended to
-    n, gives what n steps at once give, to the bit on the same machine. (Flags such as --lr simply act from there on.)
+    It goes on from ckpt.pt; or, if --steps asks for more and the learning rate has begun to fall, from stable.pt, the
+    state from just before, and the end of the shorter run stays as ckpt-STEP.pt. So a run of k steps, extended to n,
+    gives what n steps at once give, to the bit on the same machine. (Flags such as --lr simply act from there on.)
     """
     out = Path(given.get("out") or resolve(given).out)
     _, checkpoint = model.load(out)
@@ -594,19 +602,13 @@ def resume(given):
         if field not in MAY_CHANGE and value != was[field]:
             raise ValueError(f"{flag(field)}: {out} was trained with {was[field]}, not {value}; leave the flag out "
                              f"(with --out {out}), or start anew: --out DIR")
-    old = Config(**was)
-    config = dataclasses.replace(old, **{**given, "out": str(out)})
-    if done >= config.steps:
-        raise ValueError(f"{out} is at step {done} already; to train longer, ask for more: --steps {2 * done}")
-    if config.steps == old.steps or done <= min(cooldown_start(old), cooldown_start(config)):
-        return checkpoint, config
-    stable = out / "stable.pt"
-    if stable.exists():
-        _, earlier = model.load(stable)
-        if earlier["step"] <= cooldown_start(config):
-            return {**earlier, "keep_end_as": f"ckpt-{done}.pt"}, config
-    raise ValueError(f"{out} is at step {done}, where its learning rate falls, and there is no {stable} from before "
-                     f"step {cooldown_start(config)} to go back to: ask for more --steps, or start anew: --out DIR")
+    config = Config(**{**was, **given, "out": str(out)})
+    if done >= config.steps or config.steps < was["steps"]:
+        raise ValueError(f"{out} is at step {done} of {was['steps']}; to train longer ask for more: --steps {2 * done}")
+    if config.steps > was["steps"] and done > cooldown_start(checkpoint["config"]):
+        _, checkpoint = model.load(out / "stable.pt")
+        checkpoint["keep_end_as"] = f"ckpt-{done}.pt"
+    return checkpoint, config
 
 
 def start_processes(config):
@@ -662,7 +664,8 @@ def load_dataset(config, checkpoint, rank):
 
 
 def wrap(net, config, world, device):
-    """The network as training calls it: for several processes, compiled, both, or as it is."""
+    """The network as training calls it: for several processes, compiled, both, or as it is. (Averages need no exchange:
+    they are the same in all processes.)"""
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(net)
         net.broadcast_buffers = False  # all are constants, so the processes need not exchange them at every step
