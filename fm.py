@@ -72,11 +72,11 @@ def mix(x, e, t, path=linear):
 
 
 def squared_error(prediction, x, e, t, predict, target, path):
-    """Of the network's prediction, on `target`: the mean over each sample's numbers, (B,)."""
+    """The squared error of the network's prediction, on `target`: the mean over each sample's numbers, (B,)."""
     _, _, d_alpha, d_sigma = path(per_sample(t, x))
     truth = {"x": x, "e": e, "v": d_alpha * x + d_sigma * e}[predict]
-    # Both would be converted to v (or whatever `target` says) alike, and z cancels in the difference: what is left is
-    # the error of the prediction times a factor that depends on t.
+    # Truth and prediction could each be converted to `target` and then subtracted. But z would cancel: so convert the
+    # difference, with z = 0. It is multiplied by a factor that depends on t alone, see `convert`.
     error = convert(truth - prediction, predict, target, torch.zeros_like(x), t, path, CLAMP)
     return error.square().flatten(1).mean(1)
 
@@ -167,8 +167,9 @@ def ot_pair(x, e, group):
 
 
 def velocity(net, predict="x", path=linear, y=None, y_null=None, guidance=1.0, interval=(0.1, 1.0), clamp=0.0):
-    """The network's velocity field v(z, t), with t a float, for `solve`. If it has learnt shortcuts, see below, also
-    v(z, s, t): the mean velocity from time s to time t. Without guidance times may be (B,), one for each sample.
+    """The network's velocity field v(z, s), with the time s a float, for `solve`. If it has learnt shortcuts, see
+    below, also v(z, s, t): the mean velocity from time s to time t. Without guidance times may be (B,), one for each
+    sample.
 
     Guidance w is classifier-free (Ho & Salimans 2022, arXiv 2207.12598): v_null + w (v_y - v_null), for t within the
     interval only (Kynkäänniemi et al. 2024, arXiv 2404.07724); a shortcut counts by its middle. y_null: y with all
@@ -184,14 +185,14 @@ def velocity(net, predict="x", path=linear, y=None, y_null=None, guidance=1.0, i
     if predict == "e":
         clamp = max(clamp, CLAMP)
 
-    def v(z, t, end=None):
-        middle = t if end is None else (t + end) / 2
+    def v(z, s, t=None):
+        middle = s if t is None else (s + t) / 2
         guided = guidance != 1 and interval[0] <= middle <= interval[1]
         inputs, labels = z, y
         if guided:  # both halves in one batch
             inputs, labels = torch.cat([z, z]), torch.cat([y, y_null])
-        times = inputs.new_zeros(len(inputs)) + t  # t, a float or (B,), as (B,)
-        length = None if end is None else end - times
+        times = inputs.new_zeros(len(inputs)) + s  # s, a float or (B,), as (B,)
+        length = None if t is None else t - times
         prediction = net(inputs, times, labels, length).to(z.dtype)
         result = convert(prediction, predict, "v", inputs, times, path, clamp)
         if guided:
@@ -393,7 +394,7 @@ def log_likelihood(v, x, ts, probe=None):
 
         d log p(z_t) / dt = - trace(dv/dz)        so log p(x) = log N(e; 0, 1) - integral of the trace over [0, 1]
 
-    ts: times of RK4's steps, from data to noise; or of a clock u(t), and then v is dz/du. probe:
+    ts: times of RK4's steps, from data to noise; any clock u that runs with t will do, if v is dz/du. probe:
     random signs shaped as x, the same for the whole solve, for Hutchinson's unbiased estimate of the trace, probe^T
     (dv/dz) probe (Grathwohl et al. 2018, arXiv 1810.01367). None: the exact trace, a sum over all d unit vectors, in d
     backward passes per evaluation.
@@ -479,7 +480,7 @@ def frechet(a, b):
 
     The fewer vectors, the larger it comes out, since covariances are then known badly: compare only results of equal n.
     """
-    a, b = a.double().cpu(), b.double().cpu()
+    a, b = a.cpu().double(), b.cpu().double()
     mean_a, mean_b = a.mean(0), b.mean(0)
     # Matrices with root_a^T root_a = cov_a. The singular values of root_a root_b^T are the roots of the eigenvalues of
     # cov_a cov_b, and their sum is the nuclear norm.

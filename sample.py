@@ -111,7 +111,7 @@ def draw_samples(net, config, args, n, y, picture, hole, device):
         x = x.cpu()  # waits for a GPU, so that the time is right
         seconds += time.perf_counter() - began
         nfe = max(nfe, evaluations)  # dopri5's count differs from batch to batch
-        yield indices.tolist(), x, states
+        yield indices.tolist(), x, states and [state.cpu() for state in states]
         report(len(x))
     how = "dopri5" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
     if shares:  # the first process has the largest share
@@ -153,7 +153,7 @@ def picture_name(i):
 
 def between(z, count):
     """`count` noises from each noise to the next, both included, and from the last to the first. They lie on the sphere
-    near which all noise lies: a straight mixture of two noises would have too small a norm."""
+    near which the noise of a picture lies: a straight mixture of two would have too small a norm."""
     rows = []
     for a, b in zip(z, z.roll(-1, 0)):
         for s in torch.linspace(0, 1, count).tolist():
@@ -316,7 +316,7 @@ def parse_label(text, checkpoint):
         return None
     names = checkpoint["label_names"]
     chosen = names if text == "all" else [name.strip() for name in text.split(",")]
-    for name in chosen or ["all"]:  # of no names
+    for name in chosen or ["all"]:  # without labels there is no all
         if name not in names:
             learnt = ", ".join(names) or "no labels; train with --cond all"
             raise ValueError(f"--label {name}: this network has learnt {learnt}")
@@ -408,7 +408,8 @@ def parse_flags(argv):
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--interpolate", type=count, help="pictures from each noise to the next")
     modes.add_argument("--from", type=Path, dest="source", help="start from this picture with noise added")
-    modes.add_argument("--inpaint", type=Path, help="fill a hole in this picture; it takes 26 times as long")
+    modes.add_argument("--inpaint", type=Path,
+                       help="fill a hole in this picture; with its 50 steps it takes 26 times as long as a sample")
     modes.add_argument("--fd", type=number(int, 2), metavar="N",
                        help="instead: Fréchet distance of N samples to as many held-out ones")
     modes.add_argument("--bpd", type=count, metavar="N", help="instead: likelihood of N held-out samples")
@@ -437,6 +438,8 @@ def check(args, checkpoint, rows, world):
         raise ValueError("--interpolate needs --n 2 or more noises to go between")
     if bool(args.inpaint) != bool(args.mask):
         raise ValueError("--inpaint PICTURE and --mask MASK go together")
+    if args.inpaint and args.steps == 1:
+        raise ValueError("--inpaint needs --steps 2 or more: in one step the hole would not see the picture")
     if world > 1 and (args.fd or args.bpd or args.to.suffix):
         raise ValueError("several processes share out samples to a folder, --to FOLDER; all else is for one")
     if args.solver == "shortcut":

@@ -30,7 +30,6 @@ import scipy.linalg
 import scipy.special
 import scipy.stats
 import torch
-import torch.distributed.run
 import torch.nn.functional as F
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import ExifTags, Image, ImageCms, ImageOps
@@ -511,64 +510,8 @@ def test_every_parameter_learns(kind, changes):
         optimizer.step()
     for name, weight in net.named_parameters():
         assert weight.grad.abs().max() > 0, name
-# ---------------------------------------------------------------------------------------------------------------
-# assets/figures.py
 
 
-@pytest.fixture
-def drawing():
-    figures.FIGURES.mkdir(parents=True)
-
-
-def test_the_figures_that_need_no_run_are_drawn_and_show_what_is_known(drawing):
-    assert min(figures.draw_flow()) > 1.1  # paths bend
-    assert figures.draw_noise() == approx([0.7, 0.7 / 8], rel=0.05)  # 64 pixels are averaged
-    # At t = pi, Euler's sum of cosines is too large by exactly the step.
-    assert figures.draw_sine() == approx([2 * math.pi / steps for steps in (10, 30, 100)])
-    # The last two of 50 steps, with 1-t = 0.04 and 0.02, each divide by 0.05, and leave 60%.
-    x, e = figures.a_face(64)
-    assert figures.draw_last() == approx([0.04 * 0.6**2 * (e - x).std().item() * 127.5, 0], rel=1e-3, abs=1e-3)
-    most, error = figures.draw_patches()
-    assert most == approx(4, abs=1e-4) and error < 1e-6  # where rows and columns overlap
-    for res, peak in zip((64, 256, 512), figures.draw_times()):
-        counts, edges = np.histogram(fm.sample_t(200_000, mean=fm.logit_normal_mean(res)), bins=25, range=(0, 1))
-        assert peak == approx(edges[counts.argmax()] + 0.02, abs=0.045)
-    names = {file.stem for file in figures.FIGURES.iterdir()}
-    assert names == {"flow", "noise", "sine", "last", "patches", "times"}
-
-
-@every_path
-def test_the_exact_velocity_is_the_mean_over_the_data_weighted_by_the_density_of_their_noise(path):
-    points, z, t = normal(5, 2), normal(3, 2), 0.4
-    alpha, sigma, d_alpha, d_sigma = (float(number) for number in path(torch.tensor(t, dtype=torch.float64)))
-    for place, v in zip(z, figures.exact_velocity(points, path)(z, t)):
-        noises = (place - alpha * points) / sigma
-        weights = scipy.stats.multivariate_normal(cov=np.eye(2)).pdf(noises)
-        assert_allclose(v, np.average(d_alpha * points + d_sigma * noises, axis=0, weights=weights))
-
-
-def test_paths_of_a_run_with_optimal_transport_are_straighter(drawing):
-    for flags in ("--out random", "--ot --out ot"):
-        train_moons(f"--steps 300 {flags}")
-    random, ot = figures.draw_moons("random", "ot")
-    assert 1 <= ot < 1.06 < random < 1.6
-    assert Image.open(figures.FIGURES / "moons.png").size == (3 * 480, 2 * 510)
-    figures.main("rows", figures.FIGURES / "moons.png", figures.FIGURES / "moons.png")
-    assert Image.open(figures.FIGURES / "rows.png").size == (3 * 480, 30 + 2 * 510)  # one name, one row
-
-
-def test_in_many_dimensions_x_prediction_finds_the_buried_plane_and_e_prediction_does_not(drawing, monkeypatch):
-    """The noise has 128 numbers, and the moons have 2."""
-    monkeypatch.setattr(figures, "PREDICTIONS", "xe")
-    distances = figures.draw_planes(dims=(128,), steps=80, n=200)
-    assert distances["x", 128] < 2 and distances["e", 128] > 3 * distances["x", 128]
-
-
-def test_border_ratio_finds_a_grid_of_patches_and_none_in_noise():
-    noise, borders = torch.randn(200, 3, 16, 16), torch.tensor([5, 6, 10, 11])
-    brightness = torch.bucketize(torch.arange(16), borders, right=True)  # a step at each border
-    assert figures.border_ratio(noise, 6, 5) == approx(1, abs=0.05)
-    assert figures.border_ratio(noise + 3 * brightness, 6, 5) > 3
 # ---------------------------------------------------------------------------------------------------------------
 # data.py: batches
 
@@ -899,7 +842,7 @@ def test_every_kind_of_picture_comes_out_right(name, zipped, capsys):
 
 @in_both
 @parametrize("name", SKIPPED)
-def test_or_is_left_out_by_name(name, zipped, capsys):
+def test_a_picture_that_cannot_be_read_right_is_left_out_by_name(name, zipped, capsys):
     content, words = SKIPPED[name]
     assert len(data.load(make_dataset({name: content, "zz.bmp": picture()}, zipped), res=16)[0]) == 1
     _, skipped, line, *_ = capsys.readouterr().out.splitlines()
@@ -1078,6 +1021,8 @@ def test_the_hole_of_a_mask_is_where_it_is_at_least_half_white(mask, reason):
             data.read_mask("mask.png", 16)
     else:
         assert_array_equal(data.read_mask("mask.png", 16), np.arange(16) < np.full((16, 1), 8))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # train.py: a training step. From here on runs are kept tiny, and compared to the bit.
 
@@ -1944,3 +1889,63 @@ def test_what_cannot_be_judged_or_is_not_what_a_run_has_learnt_is_refused(pets_r
         (f"out/moons --fd 5 --judge {pets_run}", "--fd 5 (5, 3, 16, 16) (5, 2)"),
     ):
         refuses(capsys, words, sample.main, [*args.split(), "--device", "cpu"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# assets/figures.py
+
+
+@pytest.fixture
+def drawing():
+    figures.FIGURES.mkdir(parents=True)
+
+
+def test_the_figures_that_need_no_run_are_drawn_and_show_what_is_known(drawing):
+    assert min(figures.draw_flow()) > 1.1  # paths bend
+    assert figures.draw_noise() == approx([0.7, 0.7 / 8], rel=0.05)  # 64 pixels are averaged
+    # At t = pi, Euler's sum of cosines is too large by exactly the step.
+    assert figures.draw_sine() == approx([2 * math.pi / steps for steps in (10, 30, 100)])
+    # The last two of 50 steps, with 1-t = 0.04 and 0.02, each divide by 0.05, and leave 60%.
+    x, e = figures.a_face(64)
+    assert figures.draw_last() == approx([0.04 * 0.6**2 * (e - x).std().item() * 127.5, 0], rel=1e-3, abs=1e-3)
+    most, error = figures.draw_patches()
+    assert most == approx(4, abs=1e-4) and error < 1e-6  # where rows and columns overlap
+    for res, peak in zip((64, 256, 512), figures.draw_times()):
+        counts, edges = np.histogram(fm.sample_t(200_000, mean=fm.logit_normal_mean(res)), bins=25, range=(0, 1))
+        assert peak == approx(edges[counts.argmax()] + 0.02, abs=0.045)
+    names = {file.stem for file in figures.FIGURES.iterdir()}
+    assert names == {"flow", "noise", "sine", "last", "patches", "times"}
+
+
+@every_path
+def test_the_exact_velocity_is_the_mean_over_the_data_weighted_by_the_density_of_their_noise(path):
+    points, z, t = normal(5, 2), normal(3, 2), 0.4
+    alpha, sigma, d_alpha, d_sigma = (float(number) for number in path(torch.tensor(t, dtype=torch.float64)))
+    for place, v in zip(z, figures.exact_velocity(points, path)(z, t)):
+        noises = (place - alpha * points) / sigma
+        weights = scipy.stats.multivariate_normal(cov=np.eye(2)).pdf(noises)
+        assert_allclose(v, np.average(d_alpha * points + d_sigma * noises, axis=0, weights=weights))
+
+
+def test_paths_of_a_run_with_optimal_transport_are_straighter(drawing):
+    for flags in ("--out random", "--ot --out ot"):
+        train_moons(f"--steps 300 {flags}")
+    random, ot = figures.draw_moons("random", "ot")
+    assert 1 <= ot < 1.06 < random < 1.6
+    assert Image.open(figures.FIGURES / "moons.png").size == (3 * 480, 2 * 510)
+    figures.main("rows", figures.FIGURES / "moons.png", figures.FIGURES / "moons.png")
+    assert Image.open(figures.FIGURES / "rows.png").size == (3 * 480, 30 + 2 * 510)  # one name, one row
+
+
+def test_in_many_dimensions_x_prediction_finds_the_buried_plane_and_e_prediction_does_not(drawing, monkeypatch):
+    """The noise has 128 numbers, and the moons have 2."""
+    monkeypatch.setattr(figures, "PREDICTIONS", "xe")
+    distances = figures.draw_planes(dims=(128,), steps=80, n=200)
+    assert distances["x", 128] < 2 and distances["e", 128] > 3 * distances["x", 128]
+
+
+def test_border_ratio_finds_a_grid_of_patches_and_none_in_noise():
+    noise, borders = torch.randn(200, 3, 16, 16), torch.tensor([5, 6, 10, 11])
+    brightness = torch.bucketize(torch.arange(16), borders, right=True)  # a step at each border
+    assert figures.border_ratio(noise, 6, 5) == approx(1, abs=0.05)
+    assert figures.border_ratio(noise + 3 * brightness, 6, 5) > 3

@@ -50,7 +50,7 @@ class Config:
     download: bool = False  # fetch mnist, fashion or cifar10 into --root first, if it is not there
     # the flow
     predict: str = "x"  # what the network predicts: x, e or v
-    target: str = "v"  # what the squared error compares: x, e or v (for shortcuts it is what is predicted)
+    target: str = "v"  # what the squared error compares: x, e or v (shortcuts always compare what is predicted)
     path: str = "linear"  # how data and noise are mixed: linear or cosine
     times: str = "logit-normal"  # distribution of the training times: logit-normal or uniform
     t_mean: float = -0.5  # mean of logit(t), lower for larger pictures
@@ -181,7 +181,7 @@ def train(config, checkpoint, rank, world, device):
         stop = stop_signal(signals, world)
         # Asked to stop, it saves at once, without the slower held-out loss and preview.
         milestone = done == config.steps or (done % config.preview == 0 and not stop)
-        if milestone or stop or done % config.report == 0 or done == first + 3:  # an ETA at once
+        if milestone or stop or done % config.report == 0 or done == first + 3:  # a first ETA
             # .item() makes the CPU wait for the device, so it is called rarely.
             loss = total.item() / (done - reported)  # of this process's share of the batch
             rate = (done - timed) * config.batch / (time.perf_counter() - clock)
@@ -190,7 +190,8 @@ def train(config, checkpoint, rank, world, device):
                 log[-1].update(held_out(ema, config, images, labels, device))
                 print(f"held-out loss {log[-1]['held_out']:.4f}", flush=True)
             if not np.isfinite(list(log[-1].values())).all():
-                raise FloatingPointError(f"the loss is no longer finite at step {done}; try --resume and a lower --lr")
+                raise FloatingPointError(f"the loss is no longer finite at step {done}; try a lower --lr (--resume "
+                                         f"goes on from the last checkpoint)")
             if rank == 0 and (milestone or stop):
                 save(out / "ckpt.pt", about, done, net, ema, optimizers)
                 write_log(out, log)
@@ -383,8 +384,7 @@ def save(file, about, step, net, ema, optimizers):
     """Writes a checkpoint, whole or not at all. Refuses broken weights."""
     weights = net.state_dict()
     if not all(w.isfinite().all() for w in weights.values()):
-        raise FloatingPointError(f"the weights are no longer finite, and were not saved to {file}; try --resume and a "
-                                 f"lower --lr")
+        raise FloatingPointError(f"the weights are no longer finite, and were not saved to {file}; try a lower --lr")
     states = [optimizer.state_dict() for optimizer in optimizers]
     checkpoint = {**about, "step": step, "weights": weights, "ema": ema.state_dict(), "optimizers": states}
     with data.whole(file) as out:
@@ -486,8 +486,8 @@ def resolve(given):
     if size == "auto":
         size = "gpu" if model.pick_device(given.get("device", "auto")).type == "cuda" else "laptop"
     # Larger pictures need more noise, see fm.py. Short runs draw faces whose parts do not fit together, and ignore
-    # labels, unless they see still more of it, which hides all but the layout. So on a laptop the mean of logit(t) is
-    # lower than the formula's, and for small pictures it is Config's.
+    # labels, unless they see still more of it, which hides all but the layout. So on a laptop the mean of logit(t)
+    # falls as by the formula, but from 0 at 32 pixels; and it is at most Config's.
     t_mean = min(Config.t_mean, fm.logit_normal_mean(res) if size == "gpu" else -math.log(res / 32))
     fields = dict(res=res, flip=name != "mnist", t_mean=t_mean, out=str(data.run_folder(name, res)))
     fields.update(PRESETS[preset(name, res, size)])
@@ -604,7 +604,8 @@ def resume(given):
                              f"(with --out {out}), or start anew: --out DIR")
     config = Config(**{**was, **given, "out": str(out)})
     if done >= config.steps or config.steps < was["steps"]:
-        raise ValueError(f"{out} is at step {done} of {was['steps']}; to train longer ask for more: --steps {2 * done}")
+        raise ValueError(f"--steps {config.steps}: {out} is at step {done} of {was['steps']}; to train longer ask for "
+                         f"more, such as --steps {2 * was['steps']}")
     if config.steps > was["steps"] and done > cooldown_start(checkpoint["config"]):
         _, checkpoint = model.load(out / "stable.pt")
         checkpoint["keep_end_as"] = f"ckpt-{done}.pt"
@@ -668,7 +669,7 @@ def wrap(net, config, world, device):
     they are the same in all processes.)"""
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(net)
-        net.broadcast_buffers = False  # all are constants, so the processes need not exchange them at every step
+        net.broadcast_buffers = False  # they are constants; as an argument it warns, from torch 2.13 on
     if config.compile or (config.compile is None and device.type == "cuda"):
         net = torch.compile(net)
     return net
