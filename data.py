@@ -487,7 +487,7 @@ def stream_files(names, labels, open_picture, res, channels):
                     pixels, notes = read_picture(file, res, channels)
                 samples.append((pixels, labels[i], notes))
             except Exception as error:  # a broken picture raises anything; it is skipped, and named
-                if getattr(error, "errno", None):
+                if getattr(error, "errno", None) and not isinstance(error, PermissionError):
                     raise  # the disk or the network failed: the picture may be readable next time
                 samples.append((None, names[i], f"{type(error).__name__}: {error}"))
         return samples
@@ -713,8 +713,7 @@ def write_pack(pack, total, samples, n, files, label_names):
             labels = [numbers[name] for name in labels]
         content = hashlib.sha256()
         for name, size, _ in files:
-            if name not in skipped:
-                content.update(repr((name, size)).encode(errors="surrogateescape"))
+            content.update(repr((name, size)).encode(errors="surrogateescape"))
         with whole(pack.with_suffix(".npz")) as beside:  # it comes first: a pack that exists is complete
             np.savez(beside, labels=np.array(labels, np.int64), label_names=np.array(label_names, str),
                      skipped=len(skipped), content=content.hexdigest())
@@ -909,7 +908,8 @@ def refusing():
 
 def run(main):
     """Runs a program. What is no mistake of its own (a full disk, too little memory) ends it in a line, too."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid Unicode
+    if hasattr(sys.stdout, "reconfigure"):  # not closed, nor a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid Unicode
     on_signals(exit_on_signal)
     try:
         main()
@@ -922,9 +922,11 @@ def run(main):
 
 
 def on_signals(handler):
-    """Sets what happens on Ctrl-C and SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    """Sets what happens on Ctrl-C, on SIGTERM, and when the terminal closes, unless nohup lets that be ignored."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def exit_on_signal(number, frame):

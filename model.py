@@ -440,7 +440,7 @@ def load(folder):
     """(network, checkpoint) from what train.py saved: the folder of a run, or a checkpoint itself. The network, on the
     CPU, has the averaged weights; the checkpoint is a dict, with the run's settings as a namespace under "config".
     ValueError: there is none, or another file."""
-    file = folder / "ckpt.pt" if folder.suffix != ".pt" else folder
+    file = folder if folder.is_file() else folder / "ckpt.pt"
     if not file.is_file():
         raise ValueError(f"no checkpoint {file}: train first (python train.py), or name a run's folder (train.py: "
                          f"--out DIR; sample.py: DIR, and to judge pictures --judge DIR)")

@@ -369,7 +369,7 @@ def main(argv=None):
         columns = args.columns or args.interpolate  # a row from each noise to the next
     batches = draw_samples(net, config, args, n, y, picture, hole, device)
     if not args.fd:
-        check_output(args.to, config, n)
+        check_output(args.to, config, n, world)
         return write(batches, n, config, args.to, columns)
     wanted, drawn = tuple(referee[2].shape), (n, *shape_of(config))
     if wanted != drawn:
@@ -454,8 +454,9 @@ def check(args, checkpoint, rows, world):
             raise ValueError(f"--to {args.to} would write over {source}, or beside it: name another place")
 
 
-def check_output(to, config, n):
-    """Before the work, refuses a --to that cannot be written. n: how many pictures there will be."""
+def check_output(to, config, n, world):
+    """Before the work, refuses a --to that cannot be written. n: how many pictures there will be. world: by how many
+    processes."""
     endings = (".png", ".gif", ".npy") if config.data in data.POINTS else (".png", ".gif", ".npy", "")
     if to.suffix not in endings:
         data.fail(f"cannot write {to}: its ending must be .png, .gif, .npy or, for pictures, none (a folder)")
@@ -463,10 +464,11 @@ def check_output(to, config, n):
         data.fail(f"cannot write {to}: there is a folder of that name")
     data.check_writable(to.parent if to.suffix else to)
     if not to.suffix:
-        others = {file.name for file in to.glob("[!.]*")} - {picture_name(i) for i in range(n)}
+        others = {file.name for file in to.glob("[!.]*")}
+        if world > 1:
+            others -= {picture_name(i) for i in range(n)}  # another process may have drawn
         if others:
-            data.fail(f"{to}/ holds {len(others)} other files, such as {min(others)}, that would stay among the {n} "
-                      f"new pictures: name an empty or a new folder")
+            data.fail(f"{to}/ holds {len(others)} files already, such as {min(others)}: name an empty or a new folder")
 
 
 if __name__ == "__main__":

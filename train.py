@@ -607,6 +607,9 @@ def resume(given):
         raise ValueError(f"--steps {config.steps}: {out} is at step {done} of {was['steps']}; to train longer ask for "
                          f"more, such as --steps {2 * was['steps']}")
     if config.steps > was["steps"] and done > cooldown_start(checkpoint["config"]):
+        if not (out / "stable.pt").exists():
+            raise ValueError(f"no {out}/stable.pt, from which a finished run is made longer: start anew, --out DIR "
+                             f"(ckpt.pt is still good to sample from)")
         _, checkpoint = model.load(out / "stable.pt")
         checkpoint["keep_end_as"] = f"ckpt-{done}.pt"
     return checkpoint, config

@@ -292,4 +292,4 @@ def main(what=None, *args):
 
 if __name__ == "__main__":
     with data.refusing():
-        main(*sys.argv[1:])
+        data.run(lambda: main(*sys.argv[1:]))
