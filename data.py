@@ -96,16 +96,16 @@ def find_dataset(name, root, res, channels):
         return paths[0].parent, files, about["label_names"], about["n"], stream_official(name, paths, res)
     place = find_celeba(root) if name == "celeba" else Path(name)
     files, open_picture = list_pictures(place)
-    pictures = [picture for picture, _, _ in files]
-    attributes = place.parent / "list_attr_celeba.txt"
+    names = [picture for picture, _, _ in files]
+    attributes, beside = place.parent / "list_attr_celeba.txt", []
     if name == "celeba" and attributes.exists():
-        files.append(stamped(attributes.name, attributes))
-        label_names, labels = celeba_attributes(attributes, pictures)
+        beside = [stamped(attributes.name, attributes)]
+        label_names, labels = celeba_attributes(attributes, names)
     else:  # a picture's class is the folder that it lies in
         label_names = None
-        labels = [PurePosixPath(picture).parent.name or short_name(place) for picture in pictures]
-    samples = stream_files(pictures, labels, open_picture, res, channels)
-    return place, files, label_names, len(pictures), samples
+        labels = [PurePosixPath(picture).parent.name or short_name(place) for picture in names]
+    samples = stream_files(files, labels, open_picture, res, channels)
+    return place, files + beside, label_names, len(files), samples
 
 
 def stamped(name, path):
@@ -475,27 +475,29 @@ def is_hidden(name):
     return name.startswith(".") or name in ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "Thumbs.db")
 
 
-def stream_files(names, labels, open_picture, res, channels):
-    """Decodes in parallel, since Pillow releases the interpreter's lock. Each thread takes a chunk of files: with
-    single ones, small pictures would spend their time waiting for the lock."""
+def stream_files(files, labels, open_picture, res, channels):
+    """Decodes in parallel, since Pillow releases the interpreter's lock. Each thread takes a chunk of files, and small
+    pictures have one thread only: else they would spend their time waiting for the lock."""
 
     def read_chunk(chunk):
         samples = []
         for i in chunk:
+            name, _, _ = files[i]
             try:
-                with open_picture(names[i]) as file:
+                with open_picture(name) as file:
                     pixels, notes = read_picture(file, res, channels)
                 samples.append((pixels, labels[i], notes))
             except Exception as error:  # a broken picture raises anything; it is skipped, and named
                 if getattr(error, "errno", None) and not isinstance(error, PermissionError):
                     raise  # the disk or the network failed: the picture may be readable next time
-                samples.append((None, names[i], f"{type(error).__name__}: {error}"))
+                samples.append((None, name, f"{type(error).__name__}: {error}"))
         return samples
 
-    size = max(8, min(64, 2**21 // res**2))  # of a chunk; 16 of them wait at most, 100 MB
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(names), 16 * size):
-            part = range(len(names))[start : start + 16 * size]
+    small = sum(size for _, size, _ in files) < 8000 * len(files)
+    size = max(8, min(64, 2**21 // res**2))  # of a chunk; 16 of them wait at most, 100 MB up to 512 pixels a side
+    with ThreadPoolExecutor(1 if small else os.cpu_count()) as pool:
+        for start in range(0, len(files), 16 * size):
+            part = range(len(files))[start : start + 16 * size]
             for samples in pool.map(read_chunk, [part[i : i + size] for i in range(0, len(part), size)]):
                 yield from samples
 
