@@ -48,7 +48,6 @@ import figures
 CPU = torch.device("cpu")
 MOONS = ["--data", "moons", "--device", "cpu", "--width", "16", "--batch", "32"]
 TINY = ["--width", "32", "--depth", "1", "--heads", "2", "--batch", "8", "--device", "cpu", "--warmup", "2"]
-FEW_POINTS = 20_000
 
 parametrize = pytest.mark.parametrize
 every_path = parametrize("path", fm.PATHS.values(), ids=fm.PATHS)
@@ -63,10 +62,9 @@ def small_and_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model, "has_bf16", lambda device: False)
     monkeypatch.setattr(data, "FACES", 60)
-    monkeypatch.setattr(data, "POINTS_DRAWN", FEW_POINTS)
+    monkeypatch.setattr(data, "POINTS_DRAWN", 20_000)
     monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
     monkeypatch.setattr(train, "HELD_OUT_PICTURES", 20)
-    monkeypatch.setenv("no_proxy", "*")
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     threads = torch.get_num_threads()
     torch.manual_seed(0)
@@ -1912,9 +1910,7 @@ def test_the_figures_that_need_no_run_are_drawn_and_show_what_is_known(drawing):
     assert figures.draw_last() == approx([0.04 * 0.6**2 * (e - x).std().item() * 127.5, 0], rel=1e-3, abs=1e-3)
     most, error = figures.draw_patches()
     assert most == approx(4, abs=1e-4) and error < 1e-6  # where rows and columns overlap
-    for res, peak in zip((64, 256, 512), figures.draw_times()):
-        counts, edges = np.histogram(fm.sample_t(200_000, mean=fm.logit_normal_mean(res)), bins=25, range=(0, 1))
-        assert peak == approx(edges[counts.argmax()] + 0.02, abs=0.045)
+    assert figures.draw_times() == approx([0.7, 0.24, 0.12], abs=0.01)  # where most of a million drawn times lie
     names = {file.stem for file in figures.FIGURES.iterdir()}
     assert names == {"flow", "noise", "sine", "last", "patches", "times"}
 
