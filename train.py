@@ -200,7 +200,7 @@ def train(config, checkpoint, rank, world, device):
             total.zero_()
             reported = timed = done
             clock = time.perf_counter()
-        elif step == first:  # the rate does not count the first step, in which torch may compile
+        elif step == first:  # in which torch may compile; the rates that follow do not count it
             total.item()
             timed, clock = done, time.perf_counter()
         if stop:
