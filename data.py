@@ -25,7 +25,9 @@ import signal
 import sys
 import tarfile
 import tempfile
+import threading
 import time
+import unicodedata
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +56,8 @@ def load(name, root="data", cache="cache", res=32, cond="", channels=None):
     default 3, or an official dataset's own.
     """
     if name in POINTS:
-        return points(name, POINTS_DRAWN, seed=0).numpy(), np.zeros(POINTS_DRAWN, np.int64), [], name
+        labels, label_names = choose_labels(np.zeros(POINTS_DRAWN, np.int64), [], cond)
+        return points(name, POINTS_DRAWN, seed=0).numpy(), labels, label_names, name
     if channels is None:
         channels = usual_channels(name)
     place, files, label_names, n, samples = find_dataset(name, Path(root), res, channels)
@@ -62,7 +65,7 @@ def load(name, root="data", cache="cache", res=32, cond="", channels=None):
     key = hashlib.sha256(repr(identity).encode(errors="surrogateescape")).hexdigest()[:12]
     pack = Path(cache, f"{short_name(name)}-{res}-{key}.images")
     if not pack.exists():
-        print(f"packing {name} at {res}x{res} from {place} into {pack}", flush=True)
+        say(f"packing {name} at {res}x{res} from {place} into {pack}")
         write_pack(pack, n * res**2 * channels, samples, n, files, label_names)
     try:
         with np.load(pack.with_suffix(".npz")) as beside:
@@ -72,7 +75,7 @@ def load(name, root="data", cache="cache", res=32, cond="", channels=None):
     except Exception as error:  # cut short, or one of the two deleted
         raise ValueError(f"{pack} is damaged ({error}); it will be packed anew after rm {shlex.quote(str(pack))}")
     if skipped:
-        print(f"{skipped:,} pictures of {name} could not be read, and are left out")
+        say(f"{skipped:,} pictures of {name} could not be read, and are left out")
     labels, label_names = choose_labels(labels, label_names, cond)
     content = hashlib.sha256(repr((content, label_names)).encode() + labels.tobytes()).hexdigest()[:16]
     return images, labels, label_names, content
@@ -103,7 +106,7 @@ def find_dataset(name, root, res, channels):
         label_names, labels = celeba_attributes(attributes, names)
     else:  # a picture's class is the folder that it lies in
         label_names = None
-        labels = [PurePosixPath(picture).parent.name or short_name(place) for picture in names]
+        labels = [composed(PurePosixPath(picture).parent.name or short_name(place)) for picture in names]
     samples = stream_files(files, labels, open_picture, res, channels)
     return place, files + beside, label_names, len(files), samples
 
@@ -122,18 +125,27 @@ def choose_labels(labels, label_names, cond):
     if len(label_names) < 2:
         raise ValueError(f"--cond {cond}: this dataset has no labels to learn (a folder's are its sub-folders; those "
                          f"of --data celeba come from list_attr_celeba.txt beside its pictures)")
+    training, _ = split(len(labels))
     if labels.ndim == 1:
         if cond != "all":
             raise ValueError(f"--cond {cond}: for this dataset it can be all")
-        counts = np.bincount(labels)
+        for name in label_names:
+            if name == "all" or "," in name or name != name.strip():
+                raise ValueError(f"--cond {cond}: sample.py --label could not ask for '{name}': rename that folder")
+        learnt_from = np.bincount(labels[training], minlength=len(label_names))
     else:
         chosen = label_names if cond == "all" else [name.strip() for name in cond.split(",")]
         for name in chosen:
             if name not in label_names or chosen.count(name) > 1:
                 raise ValueError(f"--cond {name}: it can be all, or, each once, {', '.join(label_names)}")
         labels, label_names = labels[:, [label_names.index(name) for name in chosen]], list(chosen)
-        counts = labels.sum(0)
-    print("labels:", ", ".join(f"{name} ({count:,})" for name, count in zip(label_names, counts)))
+        learnt_from = labels[training].sum(0)
+    for name, count in zip(label_names, learnt_from):
+        if count == 0:
+            raise ValueError(f"--cond {cond}: there is no picture with the label {name} to learn from (of few, all may "
+                             f"be held out): add some, or do without that label")
+    say("labels, each with the number of pictures that are not held out:",
+        ", ".join(f"{name} ({count:,})" for name, count in zip(label_names, learnt_from)))
     return labels, label_names
 
 
@@ -143,6 +155,11 @@ def usual_channels(name):
 
 def usual_res(name):
     return OFFICIAL[name]["res"] if name in OFFICIAL else 32
+
+
+def composed(name):
+    """Accents as a keyboard types them; macOS takes them apart in the names of files."""
+    return unicodedata.normalize("NFC", name)
 
 
 def short_name(name):
@@ -443,7 +460,7 @@ def list_pictures(place):
         else:
             others[name.suffix.lower() or "without an ending"] += 1
     if others:
-        print(f"left out of {place}:", ", ".join(f"{count:,} {ending}" for ending, count in others.most_common()))
+        say(f"left out of {place}:", ", ".join(f"{count:,} {ending}" for ending, count in others.most_common()))
     if not pictures:
         raise ValueError(f"--data {place}: no pictures in it, such as .jpg or .png")
     return pictures, opener
@@ -453,10 +470,10 @@ def list_folder(folder):
     """(name, size, time of change) of each file below a folder. Links are followed, but to each folder once, so circles
     end."""
     found, seen = [], set()
-    for here, folders, names in os.walk(folder, onerror=lambda error: print("left out:", error), followlinks=True):
+    for here, folders, names in os.walk(folder, onerror=lambda error: say("left out:", error), followlinks=True):
         real = os.path.realpath(here)
         if real in seen:
-            print(f"left out: {here}, a folder that was seen already under another name")
+            say(f"left out: {here}, a folder that was seen already under another name")
             folders.clear()
             continue
         seen.add(real)
@@ -465,7 +482,7 @@ def list_folder(folder):
             if path.is_file():
                 found.append(stamped(path.relative_to(folder).as_posix(), path))
             else:
-                print(f"left out: {path}, a link to nothing, or no file")
+                say(f"left out: {path}, a link to nothing, or no file")
     return found
 
 
@@ -538,6 +555,12 @@ def read_picture(file, res, channels=3):
 
 
 SRGB = ImageCms.createProfile("sRGB")
+
+
+def upright_size(file):
+    """(width, height) of a picture."""
+    with Image.open(file) as im:
+        return ImageOps.exif_transpose(im).size
 
 
 def read_mask(file, res):
@@ -668,7 +691,7 @@ def download(name, root):
         path, url = root / name / file, OFFICIAL[name]["url"] + file
         if path.exists() or path.with_suffix("").exists():
             continue
-        print(f"downloading {url} to {path}", flush=True)
+        say(f"downloading {url} to {path}")
         try:
             with urlopen(url, timeout=30) as answer, whole(path) as out:
                 report = progress(int(answer.headers["Content-Length"] or 0), "bytes")
@@ -689,7 +712,11 @@ def download(name, root):
 def write_pack(pack, total, samples, n, files, label_names):
     """Writes samples to `pack`, `total` raw bytes of one picture after another, and what belongs to them into a .npz
     beside it. The rest: see `find_dataset`."""
+    check_writable(pack.parent)
     pack.parent.mkdir(parents=True, exist_ok=True)
+    for part in pack.parent.glob(".part-*"):
+        say(f"{part}, {part.stat().st_size / 1e6:,.0f} MB, is left of a run that was killed (or another one writes it "
+            f"now): delete it")
     free = disk_usage(pack.parent).free
     if total > free:
         raise OSError(f"{pack} needs {total / 1e9:.1f} GB, {free / 1e9:.1f} are free: name another disk, --cache DIR")
@@ -704,9 +731,9 @@ def write_pack(pack, total, samples, n, files, label_names):
             labels.append(label)
             notes.update(about)
         if skipped:
-            print(f"skipped {len(skipped):,} of {n:,} pictures that could not be read; the first are")
+            say(f"skipped {len(skipped):,} of {n:,} pictures that could not be read; the first are")
             for name in list(skipped)[:10]:
-                print(f"  {name} ({skipped[name]})")
+                say(f"  {name} ({skipped[name]})")
         if not labels:
             raise ValueError(f"none of the {n:,} pictures could be read")
         if label_names is None:  # of classes that have a picture; numbers in their own order, 2 before 10
@@ -719,7 +746,7 @@ def write_pack(pack, total, samples, n, files, label_names):
         with whole(pack.with_suffix(".npz")) as beside:  # it comes first: a pack that exists is complete
             np.savez(beside, labels=np.array(labels, np.int64), label_names=np.array(label_names, str),
                      skipped=len(skipped), content=content.hexdigest())
-    print(f"  {len(labels):,} pictures", *(f"{count:,} {note}" for note, count in notes.items()), sep=", ")
+    say(", ".join([f"  {len(labels):,} pictures", *(f"{count:,} {note}" for note, count in notes.items())]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -801,16 +828,17 @@ def plot(curves, xlabel, logarithmic=True):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Packs a dataset and draws a sheet of it.", allow_abbrev=False)
-    parser.add_argument("--data", default="faces", help="a name (see README.md), or a folder or zip of pictures")
+    parser.add_argument("--data", type=place, default="faces", help="a name (see README.md), or a folder or zip of pictures")
     parser.add_argument("--res", type=number(int, 8, 10**4), help="pixels a side (32, or an official dataset's own)")
-    parser.add_argument("--root", default="data", help="where datasets are looked for")
-    parser.add_argument("--cache", default="cache", help="where packed arrays are kept")
+    parser.add_argument("--root", type=place, default="data", help="where datasets are looked for")
+    parser.add_argument("--cache", type=path, default="cache", help="where packed arrays are kept")
     parser.error = fail
     args = parser.parse_args(argv)
     res = args.res or usual_res(args.data)
     to = run_folder(args.data, res) / "data.png"
-    check_writable(to.parent)
     with refusing():
+        check_outside(args.data, to, args.cache)
+        check_writable(to.parent)
         images, _, _, _ = load(args.data, args.root, args.cache, res)
     if args.data in POINTS:
         sheet = scatter(images[:2000])
@@ -818,7 +846,7 @@ def main(argv=None):
         sheet = grid(images[permutation(len(images), seed=0, epoch=0)[:64]])
     with whole(to) as file:
         sheet.save(file)
-    print(f"{len(images):,} samples; wrote {to}")
+    say(f"{len(images):,} samples; wrote {to}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -852,6 +880,26 @@ def number(kind, low=None, high=None):
     return parse
 
 
+def path(text):
+    """A type for argparse: some path."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return os.path.expanduser(text)
+
+
+def place(text):
+    """A type for argparse: the name of a dataset, or an absolute path, which holds wherever a run is judged."""
+    return text if text in NAMES else os.path.abspath(path(text))
+
+
+def say(*words):
+    """Prints. That nobody listens (a closed pipe) or the log's disk is full is no reason to lose work."""
+    try:
+        print(*words, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
 def progress(n, unit):
     """Returns a function to call with how much more is done. At most every five seconds it prints how many of the n
     units are, and how long the rest will take."""
@@ -864,7 +912,7 @@ def progress(n, unit):
         if done < n and now - reported > 5:
             rate = done / (now - began)
             left = timedelta(seconds=round((n - done) / rate))
-            print(f"  {done:,} of {n:,} {unit}  {rate:,.1f} {unit}/s  ETA {left}", flush=True)
+            say(f"  {done:,} of {n:,} {unit}  {rate:,.1f} {unit}/s  ETA {left}")
             reported = now
 
     return report
@@ -872,9 +920,38 @@ def progress(n, unit):
 
 def check_writable(folder):
     """Makes a file that vanishes where this folder is, or will be: so an OSError comes before the work, not after."""
-    while not folder.exists():
-        folder = folder.parent
-    tempfile.TemporaryFile(dir=folder).close()
+    here = folder
+    while not os.path.exists(here):
+        here = here.parent
+    try:
+        tempfile.TemporaryFile(dir=here).close()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}/ ({error.strerror}): name another place, by --out, --to or --cache")
+
+
+def check_outside(name, *places):
+    """Refuses to write into the folder that a dataset is read from: what is written there would become data."""
+    for folder in places:
+        if name not in NAMES and Path(folder).resolve().is_relative_to(Path(name).resolve()):
+            raise ValueError(f"{folder} lies inside --data {name}, and would be read as pictures: name another place, "
+                             f"by --out, --to or --cache, or work in another folder")
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Keeps a second run from writing to the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another run is writing to {folder}/ now: name another folder, --out DIR (several processes of one "
+                 f"run are started by torchrun)")
+        except (ImportError, OSError):  # Windows and some network disks have no such lock
+            pass
+        yield
 
 
 @contextlib.contextmanager
@@ -882,7 +959,7 @@ def whole(file):
     """A file to write, opened for bytes; its folder is made. It has another name until it is complete and on the disk.
     So a kill or a full disk leaves what was there before."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".part-{os.getpid()}-{file.name}")  # pillow looks at the ending
+    part = file.with_name(f".part-{os.getpid()}-{file.name[-40:]}")  # pillow looks at the ending
     try:
         with open(part, "wb") as out:
             yield out
@@ -925,6 +1002,8 @@ def run(main):
 
 def on_signals(handler):
     """Sets what happens on Ctrl-C, on SIGTERM, and when the terminal closes, unless nohup lets that be ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # Python allows it in the main thread only
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:

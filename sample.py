@@ -115,7 +115,7 @@ def draw_samples(net, config, args, n, y, picture, hole, device):
         report(len(x))
     how = "dopri5" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
     if shares:  # the first process has the largest share
-        print(f"{n} samples, {how}, NFE {nfe}, {n / seconds:.1f} samples/s")
+        data.say(f"{n} samples, {how}, NFE {nfe}, {n / seconds:.1f} samples/s")
 
 
 def write(batches, n, config, to, columns=None):
@@ -140,7 +140,7 @@ def write(batches, n, config, to, columns=None):
                 data.save_gif(file, [draw(torch.cat(parts), config, columns) for parts in flows])
             else:
                 draw(torch.cat([x for _, x, _ in batches]), config, columns).save(file)
-    print(f"wrote {to}")
+    data.say(f"wrote {to}")
 
 
 def picture_name(i):
@@ -178,13 +178,15 @@ def read_picture(file, config, device):
     if config.data in data.POINTS:
         raise ValueError(f"{file}: this network draws points, not pictures")
     pixels, notes = readable(file, data.read_picture, config.res, data.usual_channels(config.data))
-    print(f"{file}:", ", ".join(notes) or "read")
+    data.say(f"{file}:", ", ".join(notes) or "read")
     return data.to_tensor(pixels[None], device)
 
 
-def read_mask(file, config, device):
+def read_mask(args, config, device):
     """bool (1, 1, H, W): True in the hole."""
-    return torch.from_numpy(readable(file, data.read_mask, config.res))[None, None].to(device)
+    if readable(args.mask, data.upright_size) != readable(args.inpaint, data.upright_size):
+        raise ValueError(f"--mask {args.mask} must have the size of {args.inpaint}, or they are cropped differently")
+    return torch.from_numpy(readable(args.mask, data.read_mask, config.res))[None, None].to(device)
 
 
 def readable(file, read, *sizes):
@@ -198,11 +200,11 @@ def readable(file, read, *sizes):
 # A number for quality
 
 
-def load_judge(run, n, device):
-    """(network, config, held-out pictures, training pictures) of the run that judges n pictures: n of each kind, (n, C,
-    H, W)."""
-    net, checkpoint = model.load(run)
-    config = checkpoint["config"]
+def load_judge(run, args):
+    """(network, config, held-out pictures, training pictures) of the run that judges; --fd pictures of each kind,
+    (n, C, H, W)."""
+    net, checkpoint = load_run(run, args)
+    n, config = args.fd, checkpoint["config"]
     if config.data in data.POINTS:
         raise ValueError(f"--fd is for pictures, and {run} has learnt points, for which training prints W2")
     if config.drop == 0 and checkpoint["label_names"]:
@@ -215,7 +217,7 @@ def load_judge(run, n, device):
                          f"so ask for no more")
     training = training[data.permutation(len(training), seed=0, epoch=0)]
     fresh, known = (data.to_tensor(images[chosen[:n]], torch.device("cpu")) for chosen in (held_out, training))
-    return net.to(device), config, fresh, known
+    return net, config, fresh, known
 
 
 def judge(net, config, fresh, known, drawn, device, batch):
@@ -226,7 +228,7 @@ def judge(net, config, fresh, known, drawn, device, batch):
     floor, distance = fm.frechet(known / unit, fresh / unit), fm.frechet(drawn / unit, fresh / unit)
     if floor < 1e-6:
         data.fail("the judge has learnt pictures that are all alike: no distance to them means anything")
-    print(f"Fréchet distance of {len(drawn):,} pictures to as many held-out ones: {distance:.4g}, "
+    data.say(f"Fréchet distance of {len(drawn):,} pictures to as many held-out ones: {distance:.4g}, "
           f"{distance / floor:.3g} times that of training pictures, {floor:.4g}")
 
 
@@ -292,7 +294,7 @@ def likelihood(net, config, images, args, device):
     error = scores.std(correction=min(1, len(scores) - 1)) / math.sqrt(len(scores))
     unit = "nats" if config.data in data.POINTS else "bits per dimension at most"
     which = "training (too few to hold any out)" if len(training) == len(images) else "held-out"
-    print(f"{scores.mean():.3f} +- {error:.3f} {unit} on {len(scores)} {which} samples, {args.steps} steps of rk4, NFE "
+    data.say(f"{scores.mean():.3f} +- {error:.3f} {unit} on {len(scores)} {which} samples, {args.steps} steps of rk4, NFE "
           f"{nfe}")
 
 
@@ -300,12 +302,21 @@ def likelihood(net, config, images, args, device):
 # Data, labels, and the command line
 
 
+def load_run(folder, args):
+    """(network, checkpoint), see `model.load`. Where its data lie now is what the flags say, if they do."""
+    net, checkpoint = model.load(folder)
+    for field in ("data", "root", "cache"):
+        if getattr(args, field):
+            setattr(checkpoint["config"], field, getattr(args, field))
+    return net.to(model.pick_device(args.device)), checkpoint
+
+
 def load_data(config, checkpoint=None):
     """What a run learns from, see `data.load`. Refuses data that are not the checkpoint's."""
     images, labels, label_names, content = data.load(config.data, config.root, config.cache, config.res, config.cond)
     if checkpoint and content != checkpoint["content"]:
         raise ValueError(f"--data {config.data} is not what {config.out} has learnt from: names, sizes or labels "
-                         f"differ. Restore the old data, or start anew: train.py --out DIR")
+                         f"differ. Restore the old data, name their place by --data, or start anew: train.py --out DIR")
     return images, labels, label_names, content
 
 
@@ -336,15 +347,15 @@ def main(argv=None):
             sys.stdout = open(os.devnull, "w")
         device = model.pick_device(args.device)
         if args.fd:
-            referee = load_judge(args.judge or args.folder, args.fd, device)
+            referee = load_judge(args.judge or args.folder, args)
             if args.judge and args.folder.is_dir() and not (args.folder / "ckpt.pt").exists():
                 return judge(*referee, read_folder(args.folder, args.fd, referee[1]), device, args.batch or 64)
-        net, checkpoint = model.load(args.folder)
-        net, config = net.to(device), checkpoint["config"]
-        if args.to is None:
-            args.to = (args.folder if args.folder.is_dir() else args.folder.parent) / "samples.png"
+        net, checkpoint = load_run(args.folder, args)
+        config = checkpoint["config"]
         rows = parse_label(args.label, checkpoint)
         check(args, checkpoint, rows, world)
+        if args.to is None:
+            args.to = (args.folder if args.folder.is_dir() else args.folder.parent) / "samples.png"
         # On a CPU, large pictures are as fast in small batches, and their progress shows earlier.
         args.batch = args.batch or (16 if config.res > 64 and device.type == "cpu" else 64)
         if args.bpd:
@@ -352,7 +363,7 @@ def main(argv=None):
         if args.source or args.inpaint:
             picture = read_picture(args.source or args.inpaint, config, device)
         if args.inpaint:
-            hole = read_mask(args.mask, config, device)
+            hole = read_mask(args, config, device)
     if config.network == "mlp" and device.type == "cpu":
         torch.set_num_threads(1)  # layers of microseconds are slower when threads share them
     if args.bpd:
@@ -369,7 +380,8 @@ def main(argv=None):
         columns = args.columns or args.interpolate  # a row from each noise to the next
     batches = draw_samples(net, config, args, n, y, picture, hole, device)
     if not args.fd:
-        check_output(args.to, config, n, world)
+        with data.refusing():
+            check_output(args.to, config, n, world)
         return write(batches, n, config, args.to, columns)
     wanted, drawn = tuple(referee[2].shape), (n, *shape_of(config))
     if wanted != drawn:
@@ -382,7 +394,8 @@ def main(argv=None):
 def parse_flags(argv):
     parser = argparse.ArgumentParser(description="Draws samples from a trained flow.", allow_abbrev=False)
     parser.error = data.fail
-    parser.add_argument("folder", type=Path, help="what train.py wrote, such as out/faces-32")
+    file = lambda text: Path(data.path(text))
+    parser.add_argument("folder", type=file, help="what train.py wrote, such as out/faces-32")
     count, number = data.number(int), data.number
     for name, kind, usual, what in (
         ("--n", count, 64, "how many samples; with labels, rounded up to whole rows"),
@@ -394,12 +407,15 @@ def parse_flags(argv):
         ("--label", str, None, "classes or attributes by name: a or a,b; or all, a row for each"),
         ("--guidance", number(float, 0, 100), 1.0, "how strongly the label pulls; 1: as learnt"),
         ("--strength", number(float, 1e-3, 1), 0.6, "for --from: how much noise; 1 leaves nothing else"),
-        ("--mask", Path, None, "for --inpaint: white where the hole is"),
-        ("--judge", Path, None, "for --fd: the run whose network judges (itself by default); to compare, one for all"),
+        ("--mask", file, None, "for --inpaint: white where the hole is"),
+        ("--judge", file, None, "for --fd: the run whose network judges (itself by default); to compare, one for all"),
         ("--batch", count, None, "samples that pass the network at once (default: 64; on a CPU, above 64 pixels, 16)"),
         ("--device", str, "auto", "auto, cpu, cuda or mps"),
         ("--columns", count, None, "pictures in a row (default: a square grid)"),
-        ("--to", Path, None, "x.png, x.gif, x.npy or a folder (default: FOLDER/samples.png)"),
+        ("--to", file, None, "x.png, x.gif, x.npy or a folder (default: FOLDER/samples.png)"),
+        ("--data", data.place, None, "for --fd and --bpd: where the data lie, if not where they lay in training"),
+        ("--root", data.place, None, "the same for datasets by name"),
+        ("--cache", data.path, None, "where packed arrays are kept"),
     ):
         parser.add_argument(name, type=kind, default=usual, help=what)
     parser.add_argument("--solver", default="heun", choices=fm.SOLVERS)
@@ -407,8 +423,8 @@ def parse_flags(argv):
                         help="times between which guidance acts: 0.1 1")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--interpolate", type=count, help="pictures from each noise to the next")
-    modes.add_argument("--from", type=Path, dest="source", help="start from this picture with noise added")
-    modes.add_argument("--inpaint", type=Path,
+    modes.add_argument("--from", type=file, dest="source", help="start from this picture with noise added")
+    modes.add_argument("--inpaint", type=file,
                        help="fill a hole in this picture; with its 50 steps it takes 26 times as long as a sample")
     modes.add_argument("--fd", type=number(int, 2), metavar="N",
                        help="instead: Fréchet distance of N samples to as many held-out ones")
@@ -434,13 +450,17 @@ def check(args, checkpoint, rows, world):
     if config.drop == 0 and checkpoint["label_names"] and (rows is None or args.guidance != 1):
         raise ValueError("with --drop 0 no label was ever hidden in training: this network needs a --label, and cannot "
                          "do --guidance or --bpd")
+    if args.judge and not args.fd:
+        raise ValueError("--judge goes with --fd N")
+    if args.to and (args.fd or args.bpd):
+        raise ValueError("--fd and --bpd print a number and write no pictures: leave --to out")
     if args.interpolate and args.n < 2:
         raise ValueError("--interpolate needs --n 2 or more noises to go between")
     if bool(args.inpaint) != bool(args.mask):
         raise ValueError("--inpaint PICTURE and --mask MASK go together")
     if args.inpaint and args.steps == 1:
         raise ValueError("--inpaint needs --steps 2 or more: in one step the hole would not see the picture")
-    if world > 1 and (args.fd or args.bpd or args.to.suffix):
+    if world > 1 and (args.fd or args.bpd or not args.to or args.to.suffix):
         raise ValueError("several processes share out samples to a folder, --to FOLDER; all else is for one")
     if args.solver == "shortcut":
         if args.steps not in fm.SHORTCUT_STEPS:
@@ -450,7 +470,7 @@ def check(args, checkpoint, rows, world):
         if not config.shortcut or checkpoint["step"] <= config.steps - int(config.cooldown * config.steps):
             raise ValueError(f"{args.folder} has not learnt shortcuts (train.py --shortcut does, in its cool-down)")
     for source in (args.source, args.inpaint, args.mask):
-        if source and source.resolve() in (args.to.resolve(), args.to.resolve() / source.name):
+        if source and args.to and source.resolve() in (args.to.resolve(), args.to.resolve() / source.name):
             raise ValueError(f"--to {args.to} would write over {source}, or beside it: name another place")
 
 
@@ -459,16 +479,19 @@ def check_output(to, config, n, world):
     processes."""
     endings = (".png", ".gif", ".npy") if config.data in data.POINTS else (".png", ".gif", ".npy", "")
     if to.suffix not in endings:
-        data.fail(f"cannot write {to}: its ending must be .png, .gif, .npy or, for pictures, none (a folder)")
+        raise ValueError(f"cannot write {to}: its ending must be .png, .gif, .npy or, for pictures, none (a folder)")
     if to.suffix and to.is_dir():
-        data.fail(f"cannot write {to}: there is a folder of that name")
+        raise ValueError(f"cannot write {to}: there is a folder of that name")
+    if len(os.fsencode(to.name)) > 255:
+        raise ValueError(f"cannot write {to}: the name is too long")
+    data.check_outside(config.data, to)
     data.check_writable(to.parent if to.suffix else to)
     if not to.suffix:
         others = {file.name for file in to.glob("[!.]*")}
         if world > 1:
             others -= {picture_name(i) for i in range(n)}  # another process may have drawn
         if others:
-            data.fail(f"{to}/ holds {len(others)} files already, such as {min(others)}: name an empty or a new folder")
+            raise ValueError(f"{to}/ holds {len(others)} files already, such as {min(others)}: name an empty or a new folder")
 
 
 if __name__ == "__main__":

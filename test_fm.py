@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace as Namespace
@@ -568,7 +569,9 @@ def test_a_folder_is_packed_once_into_cache_alone_and_again_when_a_file_changes(
     for time, packs in ((1, True), (1, False), (2, True)):
         os.utime("pets/a.bmp", (time, time))
         images, _, _, _ = data.load("pets", res=16)
-        assert ("packing" in capsys.readouterr().out) == packs
+        said = capsys.readouterr().out
+        assert ("packing" in said) == packs and ("a.part" in said) == (time == 2)
+        write("cache", {".part-1-a.part": b"left by a kill"})
     assert images.shape == (2, 16, 16, 3) and images[1].max() == 9
     assert {*os.listdir()} == {"pets", "cache"} and len(os.listdir("pets")) == 2
 
@@ -655,7 +658,8 @@ def test_a_damaged_pack_is_refused_with_a_command_that_helps(ending, size):
 
 @in_both
 @parametrize("names,classes,label_names,words", [
-    ("cat/a.bmp dog/b.bmp", "cat dog", "cat dog", "labels: cat (1), dog (1)"),
+    ("cat/a.bmp dog/b.bmp", "cat dog", "cat dog", ": cat (1), dog (1)"),
+    ("cafe\u0301/a.bmp caf\xe9/b.bmp dog/c.bmp", "caf\xe9 caf\xe9 dog", "caf\xe9 dog", ""),
     ("test/cat/a.bmp train/cat/b.bmp train/dog/a.bmp", "cat cat dog", "cat dog", "cat (2)"),
     ("10/a.bmp 2/b.bmp x/c.bmp", "10 2 x", "2 10 x", ""),
     ("a.bmp cat/b.bmp", "pets cat", "cat pets", ""),
@@ -663,13 +667,27 @@ def test_a_damaged_pack_is_refused_with_a_command_that_helps(ending, size):
     ("README cat/a.BMP cat/b.TXT dog/c.bmp dog/c.txt", "cat dog", "cat dog", ": 2 .txt, 1 without an ending"),
     (".a.bmp .git/a.bmp @eaDir/a.bmp __MACOSX/a.bmp $RECYCLE.BIN/a.bmp cat/Thumbs.db cat/.c.bmp "
      "cat/a.bmp dog/b.bmp", "cat dog", "cat dog", ""),
-], ids=["plain", "train and test", "numbers", "top", "broken", "others", "hidden"])
+], ids=["plain", "accents", "train and test", "numbers", "top", "broken", "others", "hidden"])
 def test_a_class_is_the_folder_that_its_pictures_lie_in(names, classes, label_names, words, zipped, capsys):
     files = {name: b"" if "empty" in name else picture() for name in names.split()}
     _, labels, got, _ = data.load(make_dataset(files, zipped), res=8, cond="all")
     assert [got[label] for label in labels] == classes.split() and got == label_names.split()
     said = capsys.readouterr().out
     assert words in said and ("left out of" in said) == ("txt" in words)
+
+
+@parametrize("names,words", [("all/a.bmp b/c.bmp", "'all'"), ("a,b/a.bmp b/c.bmp", "'a,b'")])
+def test_a_class_that_no_flag_could_name_is_refused(names, words):
+    with pytest.raises(ValueError, match=words):
+        data.load(make_dataset({name: picture() for name in names.split()}, False), res=8, cond="all")
+
+
+def test_a_label_of_which_nothing_is_left_to_learn_from_is_refused():
+    few = np.zeros(20, np.int64)
+    few[data.split(20)[1]] = 1  # the only one that is held out
+    for labels, cond in ((few, "all"), (np.stack([1 - few, few], 1), "b")):
+        with pytest.raises(ValueError, match="label b "):
+            data.choose_labels(labels, ["a", "b"], cond)
 
 
 @needs_unix
@@ -979,6 +997,8 @@ def test_a_sheet_of_a_dataset_is_drawn(name, place, capsys):
     ("--res 4", "--res 4 between"),
     ("--data nowhere", "nowhere folder zip faces"),
     ("--data bad.zip", "bad.zip"),
+    ("--data .", "data.png inside another place"),
+    ("--data empty --cache empty/cache", "empty/cache inside --data /empty another --cache"),
     ("--data empty", "empty pictures"),
     ("--data celeba", "img_align_celeba.zip data/ --root"),
     ("--data mnist --root there", "there/mnist/ --download"),
@@ -998,12 +1018,30 @@ def test_failures_that_are_no_mistake_of_the_program_end_it_in_a_line(capsys, mo
         data.run(lambda: None)
 
 
+@needs_unix
+def test_that_nobody_listens_or_that_pictures_cannot_be_written_stops_no_run(pets_run, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", open("/dev/full", "w"))
+        data.run(lambda: train_moons("--steps 4"))
+        data.run(lambda: sampled(pets_run, to="folder"))
+    assert state("out/moons")["step"] == 4 and len(os.listdir("folder")) == 2
+    for name in ("log.csv", "samples"):
+        shutil.move(f"out/moons/{name}", name)
+        write("out/moons", {f"{name if name == 'log.csv' else ''}/samples": b"in the way"})
+    thread = threading.Thread(target=train_moons, args=["--steps 8 --resume"])  # where signals cannot be handled
+    thread.start()
+    thread.join()
+    assert state("out/moons")["step"] == 8 and "but not all of the log" in capsys.readouterr().out
+
+
 def test_a_file_that_cannot_be_written_whole_leaves_the_old_one():
     write(".", {"x": b"old"})
     with pytest.raises(ZeroDivisionError), data.whole(Path("x")) as file:
         file.write(b"new")
         1 / 0
     assert Path("x").read_bytes() == b"old" and os.listdir() == ["x"]
+    with data.whole(Path("y" * 255)) as file:  # as long as a name can be
+        assert len(os.listdir()) == 2
 
 
 def test_seeds_differ_where_any_integer_does():
@@ -1066,7 +1104,7 @@ def refuses(capsys, words, run, *args, status=2):
 
 
 def batch_of(config, step=0, rank=0, world=1):
-    images, labels, _, _ = data.load(config.data, res=config.res, cond="all")
+    images, labels, _, _ = data.load(config.data, res=config.res, cond="all" * (config.data not in data.POINTS))
     return train.draw_batch(config, images, labels, step, rank, world, CPU)
 
 
@@ -1177,7 +1215,7 @@ def test_a_run_leaves_checkpoints_log_curve_and_previews_and_rates_leave_out_the
     train_faces("--cache packs --steps 8 --report 5 --preview 4")
     assert "4 samples/s  ETA 0:00:10\n" in capsys.readouterr().out
     assert Path("packs").exists() and not Path("cache").exists()
-    assert {*os.listdir("out/faces-16")} == {"ckpt.pt", "stable.pt", "log.csv", "loss.png", "samples"}
+    assert {*os.listdir("out/faces-16")} == {".lock", "ckpt.pt", "stable.pt", "log.csv", "loss.png", "samples"}
     assert {*os.listdir("out/faces-16/samples")} == {"000004.png", "000008.png"}
     rows = csv.DictReader(Path("out/faces-16/log.csv").read_text().splitlines())
     assert [(row["step"], row["samples_s"], row["t9"] > "") for row in rows] == [
@@ -1352,6 +1390,8 @@ def test_a_run_is_not_overwritten_and_goes_on_as_it_was_begun_or_not_at_all(caps
     before = {file: file.read_bytes() for file in Path("out").rglob("*.*")}
     refuses(capsys, "out/moons --resume --out", train_moons, "--steps 20 --ot")
     refuses(capsys, "step 20 of 20 --steps 40", train_moons, "--steps 20 --ot --resume")
+    with data.lock(Path("out/moons")):
+        refuses(capsys, "another run out/moons --out", train_moons, "--steps 30 --resume --preview 1")
     for flags in ("--data spirals, --res 16, --cond all, --drop 0.5, --predict x, --target x, --path cosine, "
                   "--times logit-normal, --t-mean 1, --ot 32, --jitter 1, --shortcut, --network unet, --patch 2, "
                   "--stride 2, --width 24, --depth 2, --heads 2, --norm derf, --attention hand, --optimizer muon, "
@@ -1372,7 +1412,7 @@ def test_resume_refuses_a_lost_state_and_a_checkpoint_of_another_version(capsys)
     refuses(capsys, "out/moons version --out", train_moons, "--steps 30 --resume")
 
 
-def test_resume_refuses_other_data_and_takes_the_same_by_another_path(capsys):
+def test_resume_refuses_other_data_and_takes_the_same_by_another_path_and_so_does_sampling(capsys, monkeypatch):
     make_pictures(Path("pets/cats"), 8)
     make_pictures(Path("pets/dogs"), 9)
     train_faces("--data pets --cond all --steps 1")
@@ -1383,6 +1423,10 @@ def test_resume_refuses_other_data_and_takes_the_same_by_another_path(capsys):
         refuses(capsys, "--data pets labels --out", train_faces, f"{resume} pets")
     train_faces(f"{resume} there/animals/")
     assert state("out/pets-16")["step"] == 2
+    shutil.move("there/animals", "moved")
+    refuses(capsys, "there/animals --data", sample.main, "out/pets-16 --device cpu --bpd 1".split())
+    monkeypatch.chdir("there")
+    assert "on 1 " in said(capsys, "../out/pets-16", "--data ../moved --bpd 1 --steps 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1449,6 +1493,10 @@ def test_bench_counts_the_arithmetic_and_divides_it_by_the_time(monkeypatch, cap
     ("--predict xe", "--predict"),
     ("--device tpu", "--device tpu cpu"),
     ("--data ''", "--data"),
+    ("--data .", "out/ inside --data another place --out"),
+    ("--data=~/none", os.path.expanduser("~/none")),
+    ("--data moons --cond all", "--cond all no labels"),
+    ("--drop 1", "--drop 1 0.99"),
     ("--data nowhere", "nowhere faces"),
     ("--cond smilling", "--cond smilling smiling,"),
     ("--network mlp", "--network mlp faces"),
@@ -1575,12 +1623,12 @@ def test_several_processes_write_the_files_that_one_does(pets_run, monkeypatch, 
     assert one == three
 
 
-@parametrize("flags,unit", [("--n 6", "samples"), ("--bpd 6", "samples"), ("--fd 6", "pictures")])
+@parametrize("flags,unit", [("--n 6 --to x.npy", "samples"), ("--bpd 6", "samples"), ("--fd 6", "pictures")])
 def test_long_work_shows_how_much_is_done_and_how_long_the_rest_takes(flags, unit, pets_run, capsys, monkeypatch):
     """On a clock that moves six seconds at each look."""
     clock = itertools.count(0, 6)
     monkeypatch.setattr(data, "time", Namespace(perf_counter=lambda: next(clock)))
-    words = said(capsys, pets_run, f"--steps 1 --batch 2 --to x.npy {flags}")
+    words = said(capsys, pets_run, f"--steps 1 --batch 2 {flags}")
     assert f"  2 of 6 {unit}  0.3 {unit}/s  ETA 0:00:12\n" in words
 
 
@@ -1853,10 +1901,15 @@ def test_a_mistake_on_the_real_command_line_shows_one_line():
     ("--label cats --interval 1 0", "--interval earlier"),
     ("--to a.gif", "a.gif folder of that name"),
     ("--inpaint a.png --mask black.png", "black.png no hole white"),
+    ("--inpaint a.png --mask wide.png", "wide.png size a.png"),
+    ("--judge .", "--judge --fd"),
+    ("--bpd 2 --to x.npy", "--bpd leave --to out"),
+    (f"--to {'x' * 300}", "too long"),
     ("--from nowhere.png", "cannot read nowhere.png"),
     ("--from a.png --to a.png", "a.png would write over"),
     ("--from a.png --to .", "a.png another place"),
     ("--to x.jpg", "x.jpg .png, .gif, .npy"),
+    ("--data . --to in.npy", "in.npy inside --data"),
     ("--to taken --n 9", "taken 1 files 00003.png new folder"),
     ("--solver shortcut --steps 3", "--steps 1, 2, 4, 8, 16"),
     ("--solver shortcut --shift 2", "shortcut --shift"),
@@ -1868,10 +1921,11 @@ def test_sample_refuses_what_cannot_work_before_the_work(flags, words, pets_run,
     monkeypatch.setattr(sample, "generate", None)
     save_picture("a.png")
     Image.new("L", (16, 16), 0).save("black.png")
+    Image.new("L", (20, 16), 255).save("wide.png")
     write("taken", {"00003.png": b"old"})
     Path("a.gif").mkdir()
     before = {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
-    refuses(capsys, words, sample.main, [str(pets_run), "--device", "cpu", "--to", "new.npy", *flags.split()])
+    refuses(capsys, words, sample.main, [str(pets_run), "--device", "cpu", *flags.split()])
     assert {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")} == before
 
 

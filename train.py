@@ -9,6 +9,7 @@ Config below says what a run does. What it leaves behind is in out/faces-32, out
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -153,12 +154,10 @@ def train_step(config, step, net, ema, optimizers, batch):
 # The run
 
 
-def train(config, checkpoint, rank, world, device):
-    """The loop. Goes on from a checkpoint, or starts anew if that is None. Returns the averaged network."""
-    out = Path(config.out)
-    if rank == 0:
-        data.check_writable(out)
-    images, labels, label_names, content = load_dataset(config, checkpoint, rank)
+def train(config, checkpoint, dataset, rank, world, device):
+    """The loop. Goes on from a checkpoint, or starts anew if that is None. dataset: see `data.load`. Returns the
+    averaged network."""
+    out, (images, labels, label_names, content) = Path(config.out), dataset
     if rank == 0 and checkpoint and "keep_end_as" in checkpoint:
         keep_end(out, checkpoint["keep_end_as"])
     net, ema, optimizers, sizes = build_networks(config, checkpoint, len(label_names), device, world)
@@ -188,15 +187,18 @@ def train(config, checkpoint, rank, world, device):
             log.append(report(config, step, loss, rate))
             if milestone:  # all processes compute it: the others would only wait
                 log[-1].update(held_out(ema, config, images, labels, device))
-                print(f"held-out loss {log[-1]['held_out']:.4f}", flush=True)
+                data.say(f"held-out loss {log[-1]['held_out']:.4f}")
             if not np.isfinite(list(log[-1].values())).all():
                 raise FloatingPointError(f"the loss is no longer finite at step {done}; try a lower --lr (--resume "
                                          f"goes on from the last checkpoint)")
             if rank == 0 and (milestone or stop):
                 save(out / "ckpt.pt", about, done, net, ema, optimizers)
-                write_log(out, log)
-            if rank == 0 and milestone:
-                write_preview(out, ema, config, images, labels, device, done)
+                try:
+                    write_log(out, log)
+                    if milestone:
+                        write_preview(out, ema, config, images, labels, device, done)
+                except OSError as error:
+                    data.say(f"the checkpoint is saved, but not all of the log and preview: {error}")
             total.zero_()
             reported = timed = done
             clock = time.perf_counter()
@@ -211,9 +213,9 @@ def train(config, checkpoint, rank, world, device):
         dist.destroy_process_group()
     data.on_signals(data.exit_on_signal)  # all is saved: what comes now may be cut short
     if done < config.steps:
-        print(f"stopped after step {done:,} and saved; the same command with --resume goes on")
+        data.say(f"stopped after step {done:,} and saved; the same command with --resume goes on")
         sys.exit(128 + stop)
-    print(f"{time.perf_counter() - began:.0f} s; weights, log and pictures are in {out}/")
+    data.say(f"{time.perf_counter() - began:.0f} s; weights, log and pictures are in {out}/")
     return ema
 
 
@@ -230,7 +232,7 @@ def build_networks(config, checkpoint, label_count, device, world):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
     count = sum(w.numel() for w in net.parameters())
-    print(f"{count / 1e6:.2f}M parameters on {world} x {device.type}", flush=True)
+    data.say(f"{count / 1e6:.2f}M parameters on {world} x {device.type}")
     return net, ema, optimizers, sizes
 
 
@@ -339,7 +341,7 @@ def report(config, step, loss, rate):
     """Prints a line of progress, and returns it as a row of the log. rate: samples per second."""
     done = step + 1
     left = timedelta(seconds=round((config.steps - done) * config.batch / rate))
-    print(f"step {done:>6,}/{config.steps:,}  loss {loss:.4f}  {rate:,.0f} samples/s  ETA {left}", flush=True)
+    data.say(f"step {done:>6,}/{config.steps:,}  loss {loss:.4f}  {rate:,.0f} samples/s  ETA {left}")
     return {"step": done, "loss": loss, "lr": learning_rate(config, step), "samples_s": rate}
 
 
@@ -428,7 +430,7 @@ def measure_points(ema, config, device):
     for steps in (1, 2, 4, 10, 100):
         x, _ = sample.generate(ema, config, e, steps)
         distances.append(f"{steps}: {fm.w2(fresh, x):.3f}")
-    print("W2 to the data, by Euler steps:", "  ".join(distances), f" (data against data: {fm.w2(fresh, others):.3f})")
+    data.say("W2 to the data, by Euler steps:", "  ".join(distances), f" (data against data: {fm.w2(fresh, others):.3f})")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -442,14 +444,16 @@ def main(argv=None):
         checkpoint, config = resume(given) if resuming else (None, resolve(given))
         for name in ("ckpt.pt", "stable.pt", "log.csv", "loss.png", "samples"):
             if Path(config.out, name).exists() and not resuming and not bench_only:
-                raise ValueError(f"{config.out} holds {name} already: go on with that run by --resume, name another "
-                                 f"folder by --out DIR, or move it away")
+                raise ValueError(f"{config.out} holds {name} already, perhaps of other data of this name: go on with "
+                                 f"that run by --resume, name another folder by --out DIR, or move it away")
         check(config)
         rank, world, device = start_processes(config)
-    print(*(f"{field}={value}" for field, value in vars(config).items()))
+    data.say(*(f"{field}={value}" for field, value in vars(config).items()))
+    dataset = load_dataset(config, checkpoint, rank)
     if bench_only:
-        return bench(config, rank, world, device)
-    ema = train(config, checkpoint, rank, world, device)
+        return bench(config, dataset, rank, world, device)
+    with data.lock(Path(config.out)) if rank == 0 else contextlib.nullcontext():
+        ema = train(config, checkpoint, dataset, rank, world, device)
     if rank == 0 and config.data in data.POINTS:
         measure_points(ema, config, device)
     return ema
@@ -480,8 +484,6 @@ UNET = dict(width=32, depth=2, heads=4, optimizer="adamw", lr=2e-3)
 def resolve(given):
     """Config's defaults, overridden by the preset, by what --shortcut needs, and by the given fields."""
     name = given.get("data", Config.data)
-    if not name:
-        raise ValueError("--data needs a name or a path")
     res, size = given.get("res", data.usual_res(name)), given.get("preset", "auto")
     if size == "auto":
         size = "gpu" if model.pick_device(given.get("device", "auto")).type == "cuda" else "laptop"
@@ -489,7 +491,8 @@ def resolve(given):
     # labels, unless they see still more of it, which hides all but the layout. So on a laptop the mean of logit(t)
     # falls as by the formula, but from 0 at 32 pixels; and it is at most Config's.
     t_mean = min(Config.t_mean, fm.logit_normal_mean(res) if size == "gpu" else -math.log(res / 32))
-    fields = dict(res=res, flip=name != "mnist", t_mean=t_mean, out=str(data.run_folder(name, res)))
+    fields = dict(root=os.path.abspath(Config.root), res=res, flip=name != "mnist", t_mean=t_mean,
+                  out=str(data.run_folder(name, res)))
     fields.update(PRESETS[preset(name, res, size)])
     if given.get("network", fields.get("network")) == "unet":
         fields.update(UNET)
@@ -525,8 +528,9 @@ def tiling(res, side, patch, stride):
 CHOICES = {"predict": ("x", "e", "v"), "target": ("x", "e", "v"), "path": fm.PATHS,
            "times": ("logit-normal", "uniform"), "network": model.NETWORKS, "norm": model.NORMS,
            "attention": model.ATTENTION, "optimizer": ("muon", "adamw"), "preset": ("auto", "laptop", "gpu")}
+PATHS = {"data": data.place, "root": data.place, "cache": data.path, "out": data.path}
 # The least and the most that a number may be, if not 1 and a billion (whole ones), or 0 and 1e38.
-LIMITS = {"res": (8, 10**4), "drop": (0, 1), "t_mean": (-10, 10), "ot": (0, 10**4), "width": (1, 10**5),
+LIMITS = {"res": (8, 10**4), "drop": (0, 0.99), "t_mean": (-10, 10), "ot": (0, 10**4), "width": (1, 10**5),
           "lr": (1e-9, 1e38), "warmup": (0, 10**9), "cooldown": (0, 1), "clip": (1e-9, 1e38), "ema": (0, 1),
           "seed": (0, 2**63 - 1)}
 
@@ -544,6 +548,7 @@ def parse_flags(argv):
             how = dict(help=how["help"], action=argparse.BooleanOptionalAction)
         elif field.type is str:
             how["choices"] = CHOICES.get(field.name)
+            how["type"] = PATHS.get(field.name, str)
         else:
             how["type"] = data.number(field.type, *LIMITS.get(field.name, ()))
         if field.name == "ot":
@@ -561,6 +566,8 @@ def flag(field):
 
 def check(config):
     """Refuses what cannot work, before anything slow."""
+    data.check_outside(config.data, config.out, config.cache)
+    data.check_writable(Path(config.out))
     if (config.network == "mlp") != (config.data in data.POINTS):
         raise ValueError(f"--network {config.network} --data {config.data}: mlp is for points, transformer and unet "
                          f"are for pictures")
@@ -661,9 +668,9 @@ def load_dataset(config, checkpoint, rank):
             meet()
     n = len(dataset[0])
     seen = config.steps * config.batch / len(data.split(n)[0])
-    print(f"{n:,} samples; each that is not held out is seen {seen:.1f} times in all")
+    data.say(f"{n:,} samples; each that is not held out is seen {seen:.1f} times in all")
     if n < 500:
-        print("so few will be learnt by heart: expect samples that are nearly copies of them")
+        data.say("so few will be learnt by heart: expect samples that are nearly copies of them")
     return dataset
 
 
@@ -686,9 +693,9 @@ def stop_signal(received, world):
     return int(number)
 
 
-def bench(config, rank, world, device):
+def bench(config, dataset, rank, world, device):
     """Times the training step, and compares its arithmetic with a plain matrix product's."""
-    images, labels, label_names, _ = load_dataset(config, None, rank)
+    images, labels, label_names, _ = dataset
     net, ema, optimizers, sizes = build_networks(config, None, len(label_names), device, world)
     net, ema = wrap(net, config, world, device), wrap(ema, config, 1, device)
     last = config.steps - 1  # with shortcuts, if they are learnt
@@ -699,15 +706,15 @@ def bench(config, rank, world, device):
 
     step = seconds(one_step, device)
     flop = config.batch * flop_per_sample(sizes, sample.shape_of(config))
-    print(f"{step * 1e3:.1f} ms/step  {config.batch / step:,.1f} samples/s  {flop / step / 1e9:,.0f} GFLOP/s")
+    data.say(f"{step * 1e3:.1f} ms/step  {config.batch / step:,.1f} samples/s  {flop / step / 1e9:,.0f} GFLOP/s")
     n = 8192 if device.type == "cuda" else 2048
     for name, there in (("float32", True), ("bfloat16", config.bf16 and model.has_bf16(device))):
         if there:
             a = torch.randn(n, n, device=device).to(getattr(torch, name))
             top = world * 2 * n**3 / seconds(lambda: a @ a, device)
-            print(f"  {flop / step / top:.0%} of a plain {name} matrix product's {top / 1e9:,.0f} GFLOP/s")
+            data.say(f"  {flop / step / top:.0%} of a plain {name} matrix product's {top / 1e9:,.0f} GFLOP/s")
     if device.type == "cuda":
-        print(f"  {torch.cuda.get_device_name()}, peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        data.say(f"  {torch.cuda.get_device_name()}, peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 def seconds(function, device):
