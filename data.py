@@ -43,7 +43,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 # ---------------------------------------------------------------------------------------------------------------
 # Datasets. To add one, add a branch to `find_dataset` (or, for points, a function to POINTS).
 
-VERSION = 1  # of what is packed: raise it when a change of this file changes pixels or labels, and all is packed anew
+VERSION = 2  # of what is packed: raise it when a change of this file changes pixels or labels, and all is packed anew
 
 
 def load(name, root="data", cache="cache", res=32, cond="", channels=None):
@@ -62,7 +62,7 @@ def load(name, root="data", cache="cache", res=32, cond="", channels=None):
         channels = usual_channels(name)
     place, files, label_names, n, samples = find_dataset(name, Path(root), res, channels)
     identity = VERSION, os.path.realpath(place), files, n, res, channels
-    key = hashlib.sha256(repr(identity).encode(errors="surrogateescape")).hexdigest()[:12]
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
     pack = Path(cache, f"{short_name(name)}-{res}-{key}.images")
     if not pack.exists():
         say(f"packing {name} at {res}x{res} from {place} into {pack}")
@@ -125,27 +125,26 @@ def choose_labels(labels, label_names, cond):
     if len(label_names) < 2:
         raise ValueError(f"--cond {cond}: this dataset has no labels to learn (a folder's are its sub-folders; those "
                          f"of --data celeba come from list_attr_celeba.txt beside its pictures)")
-    training, _ = split(len(labels))
     if labels.ndim == 1:
         if cond != "all":
             raise ValueError(f"--cond {cond}: for this dataset it can be all")
         for name in label_names:
             if name == "all" or "," in name or name != name.strip():
                 raise ValueError(f"--cond {cond}: sample.py --label could not ask for '{name}': rename that folder")
-        learnt_from = np.bincount(labels[training], minlength=len(label_names))
     else:
         chosen = label_names if cond == "all" else [name.strip() for name in cond.split(",")]
         for name in chosen:
             if name not in label_names or chosen.count(name) > 1:
                 raise ValueError(f"--cond {name}: it can be all, or, each once, {', '.join(label_names)}")
         labels, label_names = labels[:, [label_names.index(name) for name in chosen]], list(chosen)
-        learnt_from = labels[training].sum(0)
-    for name, count in zip(label_names, learnt_from):
+    training = labels[split(len(labels))[0]]
+    counts = training.sum(0) if training.ndim == 2 else np.bincount(training, minlength=len(label_names))
+    for name, count in zip(label_names, counts):
         if count == 0:
-            raise ValueError(f"--cond {cond}: there is no picture with the label {name} to learn from (of few, all may "
-                             f"be held out): add some, or do without that label")
-    say("labels, each with the number of pictures that are not held out:",
-        ", ".join(f"{name} ({count:,})" for name, count in zip(label_names, learnt_from)))
+            raise ValueError(f"--cond {cond}: there are no pictures with the label {name}, or all of them are held "
+                             f"out: add some; or remove that folder, or name other attributes")
+    say("labels, with how many pictures to learn from:",
+        ", ".join(f"{name} ({count:,})" for name, count in zip(label_names, counts)))
     return labels, label_names
 
 
@@ -654,11 +653,11 @@ def stream_official(name, paths, res):
         except Exception as error:  # gzip, tarfile and numpy raise half a dozen kinds for a damaged file
             if getattr(error, "errno", None):
                 raise  # the disk failed, or reading is forbidden
-            raise ValueError(f"{path} is damaged ({error!r:.90}): delete it, and use --download")
+            raise ValueError(f"{path} is damaged ({error!r:.90}): delete it, and fetch it anew by train.py --download")
     pictures, labels = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
     if len(pictures) != len(labels):
         raise ValueError(f"{paths[0].parent}/ is damaged, with {len(pictures):,} pictures and {len(labels):,} labels: "
-                         f"delete the files, and use --download")
+                         f"delete the files, and fetch them anew by train.py --download")
     for picture, label in zip(pictures, labels):
         resized = Image.fromarray(picture).resize((res, res), Image.Resampling.LANCZOS)
         yield np.asarray(resized), label, []
@@ -712,11 +711,10 @@ def download(name, root):
 def write_pack(pack, total, samples, n, files, label_names):
     """Writes samples to `pack`, `total` raw bytes of one picture after another, and what belongs to them into a .npz
     beside it. The rest: see `find_dataset`."""
-    check_writable(pack.parent)
+    check_writable(pack.parent, "--cache DIR")
     pack.parent.mkdir(parents=True, exist_ok=True)
     for part in pack.parent.glob(".part-*"):
-        say(f"{part}, {part.stat().st_size / 1e6:,.0f} MB, is left of a run that was killed (or another one writes it "
-            f"now): delete it")
+        say(f"{part} was left by a run that was killed: delete it, unless another run is packing now")
     free = disk_usage(pack.parent).free
     if total > free:
         raise OSError(f"{pack} needs {total / 1e9:.1f} GB, {free / 1e9:.1f} are free: name another disk, --cache DIR")
@@ -742,7 +740,7 @@ def write_pack(pack, total, samples, n, files, label_names):
             labels = [numbers[name] for name in labels]
         content = hashlib.sha256()
         for name, size, _ in files:
-            content.update(repr((name, size)).encode(errors="surrogateescape"))
+            content.update(repr((name, size)).encode())
         with whole(pack.with_suffix(".npz")) as beside:  # it comes first: a pack that exists is complete
             np.savez(beside, labels=np.array(labels, np.int64), label_names=np.array(label_names, str),
                      skipped=len(skipped), content=content.hexdigest())
@@ -828,17 +826,19 @@ def plot(curves, xlabel, logarithmic=True):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Packs a dataset and draws a sheet of it.", allow_abbrev=False)
-    parser.add_argument("--data", type=place, default="faces", help="a name (see README.md), or a folder or zip of pictures")
+    parser.add_argument("--data", type=as_dataset, default="faces",
+                        help="a name (see README.md), or a folder or zip of pictures")
     parser.add_argument("--res", type=number(int, 8, 10**4), help="pixels a side (32, or an official dataset's own)")
-    parser.add_argument("--root", type=place, default="data", help="where datasets are looked for")
-    parser.add_argument("--cache", type=path, default="cache", help="where packed arrays are kept")
+    parser.add_argument("--root", type=as_absolute, default="data", help="where datasets are looked for")
+    parser.add_argument("--cache", type=as_path, default="cache", help="where packed arrays are kept")
     parser.error = fail
     args = parser.parse_args(argv)
     res = args.res or usual_res(args.data)
     to = run_folder(args.data, res) / "data.png"
     with refusing():
-        check_outside(args.data, to, args.cache)
-        check_writable(to.parent)
+        check_outside(args.data, to.parent, "work in another folder")
+        check_outside(args.data, args.cache, "--cache DIR")
+        check_writable(to.parent, "work in another folder")
         images, _, _, _ = load(args.data, args.root, args.cache, res)
     if args.data in POINTS:
         sheet = scatter(images[:2000])
@@ -880,24 +880,33 @@ def number(kind, low=None, high=None):
     return parse
 
 
-def path(text):
-    """A type for argparse: some path."""
+def as_path(text):
+    """A type for argparse: a path that is not empty; ~ is the home folder."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return os.path.expanduser(text)
 
 
-def place(text):
-    """A type for argparse: the name of a dataset, or an absolute path, which holds wherever a run is judged."""
-    return text if text in NAMES else os.path.abspath(path(text))
+def as_absolute(text):
+    """The same, made absolute, so that sample.py finds the data from any folder."""
+    return os.path.abspath(as_path(text))
+
+
+def as_dataset(text):
+    """A type for argparse: a dataset's name, or an absolute path."""
+    return text if text in NAMES else as_absolute(text)
 
 
 def say(*words):
-    """Prints. That nobody listens (a closed pipe) or the log's disk is full is no reason to lose work."""
+    """Prints. If that fails (a closed pipe, a full disk), the work goes on in silence."""
     try:
         print(*words, flush=True)
     except OSError:
-        sys.stdout = open(os.devnull, "w")
+        silence()
+
+
+def silence():
+    sys.stdout = open(os.devnull, "w", errors="replace")
 
 
 def progress(n, unit):
@@ -918,23 +927,20 @@ def progress(n, unit):
     return report
 
 
-def check_writable(folder):
+def check_writable(folder, advice):
     """Makes a file that vanishes where this folder is, or will be: so an OSError comes before the work, not after."""
-    here = folder
-    while not os.path.exists(here):
-        here = here.parent
+    here = next(here for here in (folder, *folder.parents, Path()) if os.path.exists(here))
     try:
         tempfile.TemporaryFile(dir=here).close()
     except OSError as error:
-        raise OSError(f"cannot write to {folder}/ ({error.strerror}): name another place, by --out, --to or --cache")
+        raise OSError(f"cannot write to {folder}/ ({error.strerror}): take another place ({advice})")
 
 
-def check_outside(name, *places):
-    """Refuses to write into the folder that a dataset is read from: what is written there would become data."""
-    for folder in places:
-        if name not in NAMES and Path(folder).resolve().is_relative_to(Path(name).resolve()):
-            raise ValueError(f"{folder} lies inside --data {name}, and would be read as pictures: name another place, "
-                             f"by --out, --to or --cache, or work in another folder")
+def check_outside(name, folder, advice):
+    """Refuses to write into the folder that --data names: what is written there would become data."""
+    if name not in NAMES and Path(folder).resolve().is_relative_to(Path(name).resolve()):
+        raise ValueError(f"{folder}/ lies inside --data {name}, and would become part of it: take another place "
+                         f"({advice})")
 
 
 @contextlib.contextmanager
@@ -947,8 +953,8 @@ def lock(folder):
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fail(f"another run is writing to {folder}/ now: name another folder, --out DIR (several processes of one "
-                 f"run are started by torchrun)")
+            fail(f"another run is writing to {folder}/ now: wait until it ends, or name another folder, --out DIR (for "
+                 f"several processes of one run use torchrun)")
         except (ImportError, OSError):  # Windows and some network disks have no such lock
             pass
         yield

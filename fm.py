@@ -73,43 +73,51 @@ def mix(x, e, t, path=linear):
 
 def squared_error(prediction, x, e, t, predict, target, path):
     """The squared error of the network's prediction, on `target`: the mean over each sample's numbers, (B,)."""
-    _, _, d_alpha, d_sigma = path(per_sample(t, x))
-    truth = {"x": x, "e": e, "v": d_alpha * x + d_sigma * e}[predict]
-    # Truth and prediction could each be converted to `target` and then subtracted. But z would cancel: so convert the
-    # difference, with z = 0. It is multiplied by a factor that depends on t alone, see `convert`.
-    error = convert(truth - prediction, predict, target, torch.zeros_like(x), t, path, CLAMP)
-    return error.square().flatten(1).mean(1)
+    truth = {"x": x, "e": e}.get(predict)
+    if predict == "v":
+        _, _, d_alpha, d_sigma = path(per_sample(t, x))
+        truth = d_alpha * x + d_sigma * e
+    # Truth and prediction could each be converted to `target` and then subtracted. But z would cancel, and only a
+    # factor in front of their difference would stay: so that is all there is.
+    weight, _ = factors(predict, target, t, path, CLAMP)
+    return weight.square() * (prediction - truth).square().flatten(1).mean(1)
 
 
-def convert(p, have, want, z, t, path=linear, clamp=0.0):
-    """Turns a prediction of one of x, e, v into another of them.
+def factors(have, want, t, path=linear, clamp=0.0):
+    """The numbers a and b, (B,) each, for which want = a * have + b * z. Both are one of "x", "e", "v".
 
     (z, v) is a 2x2 linear map of (x, e), so z and any one of the three give the other two:
 
         z = alpha  x + sigma  e
         v = alpha' x + sigma' e          det = alpha' sigma - sigma' alpha        (1 on the straight path)
 
-    p: tensor shaped as z, a prediction of `have`; returns it converted to `want`; both are one of "x", "e", "v".
     clamp: lower bound of the divisor where it can be 0: sigma for have = "x" (0 at the data end), alpha for have =
     "e" (0 at the noise end).
 
-    The factor in front of p, squared, is the weight that a loss on `want` gives to the error of p. On the straight
-    path:
+    a squared is the weight that a loss on `want` gives to an error of `have`. On the straight path:
 
         x -> v   1 / max(1-t, clamp)^2        v -> x   (1-t)^2        x -> e   t^2 / max(1-t, clamp)^2
         e -> v   1 / max(t, clamp)^2          v -> e   t^2            e -> x   (1-t)^2 / max(t, clamp)^2
     """
     if have == want:
-        return p
-    alpha, sigma, d_alpha, d_sigma = path(per_sample(t, z))
+        return torch.ones_like(t), torch.zeros_like(t)
+    alpha, sigma, d_alpha, d_sigma = path(t)
     det = d_alpha * sigma - d_sigma * alpha
     if have == "x":
         divisor = sigma.clamp(min=clamp)
-        return (det * p + d_sigma * z) / divisor if want == "v" else (z - alpha * p) / divisor
+        return (det / divisor, d_sigma / divisor) if want == "v" else (-alpha / divisor, 1 / divisor)
     if have == "e":
         divisor = alpha.clamp(min=clamp)
-        return (d_alpha * z - det * p) / divisor if want == "v" else (z - sigma * p) / divisor
-    return (sigma * p - d_sigma * z) / det if want == "x" else (d_alpha * z - alpha * p) / det
+        return (-det / divisor, d_alpha / divisor) if want == "v" else (-sigma / divisor, 1 / divisor)
+    return (sigma / det, -d_sigma / det) if want == "x" else (-alpha / det, d_alpha / det)
+
+
+def convert(p, have, want, z, t, path=linear, clamp=0.0):
+    """A prediction p of `have`, shaped as z, as a prediction of `want`; see `factors`."""
+    if have == want:
+        return p
+    a, b = factors(have, want, t, path, clamp)
+    return per_sample(a, z) * p + per_sample(b, z) * z
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -175,7 +183,7 @@ def velocity(net, predict="x", path=linear, y=None, y_null=None, guidance=1.0, i
     interval only (Kynkäänniemi et al. 2024, arXiv 2404.07724); a shortcut counts by its middle. y_null: y with all
     labels hidden. Within the interval the network sees each z twice, with y and with y_null; otherwise once.
 
-    clamp: as in `convert`. Sampling with x-prediction needs none. At 50 steps, training's clamp would let the last step
+    clamp: as in `factors`. Sampling with x-prediction needs none. At 50 steps, training's clamp would let the last step
     divide by 0.05 where 1-t is 0.02: it would go only 40% of the way to the predicted picture, and leave noise.
     Unclamped, the last Euler step ends at z + (1-t) (x_pred - z) / (1-t) = x_pred. (On the cosine path it ends near
     x_pred, and nearer with more steps.) An e-prediction always gets training's, since its divisor alpha is 0 at the
@@ -346,8 +354,7 @@ SHORTCUT_STEPS = (1, 2, 4, 8, 16)
 def sample_shortcuts(n, shift=1.0, generator=None, device=None):
     """n random shortcuts, (n,) each: the times s, m and t, and whether they are of the shortest kind. They are steps of
     `time_grid`, and each of the grids of SHORTCUT_STEPS is drawn equally often."""
-    choices = torch.tensor(SHORTCUT_STEPS, device=device)
-    steps = choices[torch.randint(len(choices), (n,), generator=generator, device=device)]
+    steps = 2 ** torch.randint(len(SHORTCUT_STEPS), (n,), generator=generator, device=device)
     i = torch.floor(steps * torch.rand(n, generator=generator, device=device))
     s, m, t = (grid_time(i + part, steps, shift) for part in (0, 0.5, 1))
     return s, m, t, steps == SHORTCUT_STEPS[-1]

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -185,7 +186,7 @@ def read_picture(file, config, device):
 def read_mask(args, config, device):
     """bool (1, 1, H, W): True in the hole."""
     if readable(args.mask, data.upright_size) != readable(args.inpaint, data.upright_size):
-        raise ValueError(f"--mask {args.mask} must have the size of {args.inpaint}, or they are cropped differently")
+        raise ValueError(f"--mask {args.mask} has not the size of {args.inpaint}: save it at the picture's size")
     return torch.from_numpy(readable(args.mask, data.read_mask, config.res))[None, None].to(device)
 
 
@@ -200,11 +201,11 @@ def readable(file, read, *sizes):
 # A number for quality
 
 
-def load_judge(run, args):
-    """(network, config, held-out pictures, training pictures) of the run that judges; --fd pictures of each kind,
-    (n, C, H, W)."""
-    net, checkpoint = load_run(run, args)
-    n, config = args.fd, checkpoint["config"]
+def load_judge(run, args, device):
+    """(network, config, held-out pictures, training pictures) of the run that judges; the pictures (n, C, H, W), n =
+    --fd, of each kind."""
+    net, checkpoint = model.load(run)
+    n, config = args.fd, moved(checkpoint["config"], args)
     if config.data in data.POINTS:
         raise ValueError(f"--fd is for pictures, and {run} has learnt points, for which training prints W2")
     if config.drop == 0 and checkpoint["label_names"]:
@@ -217,7 +218,7 @@ def load_judge(run, args):
                          f"so ask for no more")
     training = training[data.permutation(len(training), seed=0, epoch=0)]
     fresh, known = (data.to_tensor(images[chosen[:n]], torch.device("cpu")) for chosen in (held_out, training))
-    return net, config, fresh, known
+    return net.to(device), config, fresh, known
 
 
 def judge(net, config, fresh, known, drawn, device, batch):
@@ -229,7 +230,7 @@ def judge(net, config, fresh, known, drawn, device, batch):
     if floor < 1e-6:
         data.fail("the judge has learnt pictures that are all alike: no distance to them means anything")
     data.say(f"Fréchet distance of {len(drawn):,} pictures to as many held-out ones: {distance:.4g}, "
-          f"{distance / floor:.3g} times that of training pictures, {floor:.4g}")
+             f"{distance / floor:.3g} times that of training pictures, {floor:.4g}")
 
 
 def features(net, config, x, device, batch):
@@ -294,21 +295,18 @@ def likelihood(net, config, images, args, device):
     error = scores.std(correction=min(1, len(scores) - 1)) / math.sqrt(len(scores))
     unit = "nats" if config.data in data.POINTS else "bits per dimension at most"
     which = "training (too few to hold any out)" if len(training) == len(images) else "held-out"
-    data.say(f"{scores.mean():.3f} +- {error:.3f} {unit} on {len(scores)} {which} samples, {args.steps} steps of rk4, NFE "
-          f"{nfe}")
+    data.say(f"{scores.mean():.3f} +- {error:.3f} {unit} on {len(scores)} {which} samples, {args.steps} steps of rk4, "
+             f"NFE {nfe}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Data, labels, and the command line
 
 
-def load_run(folder, args):
-    """(network, checkpoint), see `model.load`. Where its data lie now is what the flags say, if they do."""
-    net, checkpoint = model.load(folder)
-    for field in ("data", "root", "cache"):
-        if getattr(args, field):
-            setattr(checkpoint["config"], field, getattr(args, field))
-    return net.to(model.pick_device(args.device)), checkpoint
+def moved(config, args):
+    """config, but --data, --root and --cache, where given, replace what training stored."""
+    given = {field: getattr(args, field) for field in ("data", "root", "cache") if getattr(args, field)}
+    return SimpleNamespace(**{**vars(config), **given})
 
 
 def load_data(config, checkpoint=None):
@@ -316,7 +314,8 @@ def load_data(config, checkpoint=None):
     images, labels, label_names, content = data.load(config.data, config.root, config.cache, config.res, config.cond)
     if checkpoint and content != checkpoint["content"]:
         raise ValueError(f"--data {config.data} is not what {config.out} has learnt from: names, sizes or labels "
-                         f"differ. Restore the old data, name their place by --data, or start anew: train.py --out DIR")
+                         f"differ. Restore the old data, name their place by --data, or start anew: train.py --out "
+                         f"DIR")
     return images, labels, label_names, content
 
 
@@ -326,7 +325,7 @@ def parse_label(text, checkpoint):
     if text is None:
         return None
     names = checkpoint["label_names"]
-    chosen = names if text == "all" else [name.strip() for name in text.split(",")]
+    chosen = names if text == "all" else [data.composed(name.strip()) for name in text.split(",")]
     for name in chosen or ["all"]:  # without labels there is no all
         if name not in names:
             learnt = ", ".join(names) or "no labels; train with --cond all"
@@ -344,14 +343,14 @@ def main(argv=None):
     with data.refusing():
         rank, world, _ = model.processes()
         if rank > 0:  # only the first process prints
-            sys.stdout = open(os.devnull, "w")
+            data.silence()
         device = model.pick_device(args.device)
         if args.fd:
-            referee = load_judge(args.judge or args.folder, args)
+            referee = load_judge(args.judge or args.folder, args, device)
             if args.judge and args.folder.is_dir() and not (args.folder / "ckpt.pt").exists():
                 return judge(*referee, read_folder(args.folder, args.fd, referee[1]), device, args.batch or 64)
-        net, checkpoint = load_run(args.folder, args)
-        config = checkpoint["config"]
+        net, checkpoint = model.load(args.folder)
+        net, config = net.to(device), checkpoint["config"]
         rows = parse_label(args.label, checkpoint)
         check(args, checkpoint, rows, world)
         if args.to is None:
@@ -359,7 +358,7 @@ def main(argv=None):
         # On a CPU, large pictures are as fast in small batches, and their progress shows earlier.
         args.batch = args.batch or (16 if config.res > 64 and device.type == "cpu" else 64)
         if args.bpd:
-            images, _, _, _ = load_data(config, checkpoint)
+            images, _, _, _ = load_data(moved(config, args), checkpoint)
         if args.source or args.inpaint:
             picture = read_picture(args.source or args.inpaint, config, device)
         if args.inpaint:
@@ -394,7 +393,7 @@ def main(argv=None):
 def parse_flags(argv):
     parser = argparse.ArgumentParser(description="Draws samples from a trained flow.", allow_abbrev=False)
     parser.error = data.fail
-    file = lambda text: Path(data.path(text))
+    file = lambda text: Path(data.as_path(text))
     parser.add_argument("folder", type=file, help="what train.py wrote, such as out/faces-32")
     count, number = data.number(int), data.number
     for name, kind, usual, what in (
@@ -413,9 +412,9 @@ def parse_flags(argv):
         ("--device", str, "auto", "auto, cpu, cuda or mps"),
         ("--columns", count, None, "pictures in a row (default: a square grid)"),
         ("--to", file, None, "x.png, x.gif, x.npy or a folder (default: FOLDER/samples.png)"),
-        ("--data", data.place, None, "for --fd and --bpd: where the data lie, if not where they lay in training"),
-        ("--root", data.place, None, "the same for datasets by name"),
-        ("--cache", data.path, None, "where packed arrays are kept"),
+        ("--data", data.as_dataset, None, "for --fd and --bpd: where the data lie, if not where they lay in training"),
+        ("--root", data.as_absolute, None, "the same for datasets by name"),
+        ("--cache", data.as_path, None, "where packed arrays are kept"),
     ):
         parser.add_argument(name, type=kind, default=usual, help=what)
     parser.add_argument("--solver", default="heun", choices=fm.SOLVERS)
@@ -435,6 +434,12 @@ def parse_flags(argv):
         closer = args.bpd or args.inpaint or (args.to and args.to.suffix == ".gif")
         args.steps = 1 if args.solver == "shortcut" and not args.bpd else 50 if closer else 10
     args.n = args.fd or args.n
+    if args.judge and not args.fd:
+        parser.error("--judge goes with --fd N")
+    if args.to and (args.fd or args.bpd):
+        parser.error("--fd and --bpd print a number and write no pictures: leave --to out")
+    if (args.data or args.root or args.cache) and not (args.fd or args.bpd):
+        parser.error("--data, --root and --cache go with --fd or --bpd, which look at the data")
     return args
 
 
@@ -450,10 +455,6 @@ def check(args, checkpoint, rows, world):
     if config.drop == 0 and checkpoint["label_names"] and (rows is None or args.guidance != 1):
         raise ValueError("with --drop 0 no label was ever hidden in training: this network needs a --label, and cannot "
                          "do --guidance or --bpd")
-    if args.judge and not args.fd:
-        raise ValueError("--judge goes with --fd N")
-    if args.to and (args.fd or args.bpd):
-        raise ValueError("--fd and --bpd print a number and write no pictures: leave --to out")
     if args.interpolate and args.n < 2:
         raise ValueError("--interpolate needs --n 2 or more noises to go between")
     if bool(args.inpaint) != bool(args.mask):
@@ -484,14 +485,15 @@ def check_output(to, config, n, world):
         raise ValueError(f"cannot write {to}: there is a folder of that name")
     if len(os.fsencode(to.name)) > 255:
         raise ValueError(f"cannot write {to}: the name is too long")
-    data.check_outside(config.data, to)
-    data.check_writable(to.parent if to.suffix else to)
+    data.check_outside(config.data, to, "another --to")
+    data.check_writable(to.parent if to.suffix else to, "another --to")
     if not to.suffix:
         others = {file.name for file in to.glob("[!.]*")}
         if world > 1:
             others -= {picture_name(i) for i in range(n)}  # another process may have drawn
         if others:
-            raise ValueError(f"{to}/ holds {len(others)} files already, such as {min(others)}: name an empty or a new folder")
+            raise ValueError(f"{to}/ holds {len(others)} files already, such as {min(others)}: name an empty or a new "
+                             f"folder")
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def test_convert_finds_any_of_x_e_v_from_any_other_and_the_truth_has_loss_0(path
 
 
 def test_each_loss_weighs_an_error_as_its_table_says():
-    """See `convert`: the factors of an error at the times 0, 1/2 and 1. None is infinite."""
+    """See `factors`: those of an error at the times 0, 1/2 and 1. None is infinite."""
     x, e, error = normal(3, 3, 5)
     truth = {"x": x, "e": e, "v": x - e}
     table = {"xv": [1, 2, 20], "xe": [0, 1, 20], "ev": [20, 2, 1], "ex": [20, 1, 0], "vx": [1, 0.5, 0],
@@ -385,13 +385,6 @@ def test_labels_are_rows_of_a_table_and_a_hidden_label_has_a_row_of_its_own():
     assert torch.equal(condition.label(None), rows[3])
 
 
-def test_labels_weigh_about_as_much_as_time_before_training():
-    """Rows a tenth as large were heard so late that samples ignored their labels."""
-    condition = model.Condition(64, 8, False)
-    of_time = condition.time(model.sinusoidal(torch.rand(512), 256)).std(0).mean()
-    assert 0.5 < condition.rows.std() / of_time < 5
-
-
 @parametrize("kind", SMALL)
 def test_time_matters_to_all_and_a_shortcuts_length_to_those_that_learn_it_and_0_is_the_flow(kind):
     z, t = torch.randn(4, *((2,) if kind == "mlp" else (3, 16, 16))), torch.full((4,), 0.5)
@@ -401,12 +394,6 @@ def test_time_matters_to_all_and_a_shortcuts_length_to_those_that_learn_it_and_0
         assert not torch.equal(net(z, t / 2), flow)
         assert torch.equal(net(z, t, None, 0 * t), flow)
         assert torch.equal(net(z, t, None, t), flow) != learns
-
-
-def test_a_network_is_as_deep_as_it_was_asked_to_be():
-    assert len(small("transformer", depth=3).blocks) == 3
-    levels = [layer for layer in small("unet", depth=3).children() if isinstance(layer, model.Level)]
-    assert [len(level) for level in levels] == 6 * [3]
 
 
 @parametrize("kind,changes,words", [
@@ -570,8 +557,8 @@ def test_a_folder_is_packed_once_into_cache_alone_and_again_when_a_file_changes(
         os.utime("pets/a.bmp", (time, time))
         images, _, _, _ = data.load("pets", res=16)
         said = capsys.readouterr().out
-        assert ("packing" in said) == packs and ("a.part" in said) == (time == 2)
-        write("cache", {".part-1-a.part": b"left by a kill"})
+        assert ("packing" in said) == packs and ("left by a run that was killed" in said) == (time == 2)
+        write("cache", {".part-1-a": b""})
     assert images.shape == (2, 16, 16, 3) and images[1].max() == 9
     assert {*os.listdir()} == {"pets", "cache"} and len(os.listdir("pets")) == 2
 
@@ -676,17 +663,18 @@ def test_a_class_is_the_folder_that_its_pictures_lie_in(names, classes, label_na
     assert words in said and ("left out of" in said) == ("txt" in words)
 
 
-@parametrize("names,words", [("all/a.bmp b/c.bmp", "'all'"), ("a,b/a.bmp b/c.bmp", "'a,b'")])
+@parametrize("names,words", [("all/a.bmp b/c.bmp", "'all'"), ("a,b/a.bmp b/c.bmp", "'a,b'"),
+                                      ("b/c.bmp \xa0/a.bmp", "'\xa0'")])
 def test_a_class_that_no_flag_could_name_is_refused(names, words):
     with pytest.raises(ValueError, match=words):
-        data.load(make_dataset({name: picture() for name in names.split()}, False), res=8, cond="all")
+        data.load(make_dataset({name: picture() for name in names.split(" ")}, False), res=8, cond="all")
 
 
 def test_a_label_of_which_nothing_is_left_to_learn_from_is_refused():
     few = np.zeros(20, np.int64)
     few[data.split(20)[1]] = 1  # the only one that is held out
     for labels, cond in ((few, "all"), (np.stack([1 - few, few], 1), "b")):
-        with pytest.raises(ValueError, match="label b "):
+        with pytest.raises(ValueError, match="label b"):
             data.choose_labels(labels, ["a", "b"], cond)
 
 
@@ -939,14 +927,11 @@ def test_download_fetches_what_is_missing_and_only_that(name, monkeypatch):
     write(f"data/{name}", {mine: b"mine"})
     data.download(name, Path("data"))
     assert {file.name: file.read_bytes() for file in Path("data", name).iterdir()} == files | {mine: b"mine"}
-
-
-def test_a_download_of_something_else_is_refused_and_leaves_nothing(monkeypatch):
-    file, = offer("cifar10", monkeypatch)
-    write("offer", {file: b"<html>Log in to this network</html>"})
-    with pytest.raises(OSError, match=f"/offer/{file}: .*MD5.*put the file into data/cifar10"):
-        data.download("cifar10", Path("data"))
-    assert os.listdir("data/cifar10") == []
+    os.remove(f"data/{name}/{mine}")
+    write("offer", {mine: b"<html>Log in to this network</html>"})
+    with pytest.raises(OSError, match=f"/offer/{mine}: .*MD5.*put the file into data/{name}"):
+        data.download(name, Path("data"))
+    assert mine not in os.listdir(f"data/{name}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -973,14 +958,6 @@ def test_a_plot_has_a_logarithmic_axis():
         assert plot.getpixel(place)[0] < 128
 
 
-def test_a_gif_loops_for_ever_and_holds_its_last_frame():
-    data.save_gif("a.gif", [Image.new("L", (8, 8), 50 * i) for i in range(5)])
-    with Image.open("a.gif") as gif:
-        assert gif.n_frames == 5 and gif.info["loop"] == 0
-        gif.seek(4)
-        assert gif.info["duration"] == 1500
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # data.py: the program, and the plumbing
 
@@ -997,8 +974,8 @@ def test_a_sheet_of_a_dataset_is_drawn(name, place, capsys):
     ("--res 4", "--res 4 between"),
     ("--data nowhere", "nowhere folder zip faces"),
     ("--data bad.zip", "bad.zip"),
-    ("--data .", "data.png inside another place"),
-    ("--data empty --cache empty/cache", "empty/cache inside --data /empty another --cache"),
+    ("--data .", "out inside another folder"),
+    ("--data empty --cache empty/cache", "empty/cache/ inside --data /empty another --cache"),
     ("--data empty", "empty pictures"),
     ("--data celeba", "img_align_celeba.zip data/ --root"),
     ("--data mnist --root there", "there/mnist/ --download"),
@@ -1019,16 +996,24 @@ def test_failures_that_are_no_mistake_of_the_program_end_it_in_a_line(capsys, mo
 
 
 @needs_unix
-def test_that_nobody_listens_or_that_pictures_cannot_be_written_stops_no_run(pets_run, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", open("/dev/full", "w"))
-        data.run(lambda: train_moons("--steps 4"))
-        data.run(lambda: sampled(pets_run, to="folder"))
+@parametrize("full", [True, False], ids=["full disk", "closed pipe"])
+def test_output_that_cannot_be_shown_stops_nothing(full, pets_run, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    for run in (lambda: train_moons("--steps 4"), lambda: sampled(pets_run, to="folder")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", open("/dev/full" if full else os.dup(writing), "w"))
+            data.run(run)
     assert state("out/moons")["step"] == 4 and len(os.listdir("folder")) == 2
-    for name in ("log.csv", "samples"):
-        shutil.move(f"out/moons/{name}", name)
-        write("out/moons", {f"{name if name == 'log.csv' else ''}/samples": b"in the way"})
-    thread = threading.Thread(target=train_moons, args=["--steps 8 --resume"])  # where signals cannot be handled
+
+
+@parametrize("blocked", ["log.csv", "samples"])
+def test_a_log_or_preview_that_cannot_be_written_stops_no_run_nor_does_a_thread_without_signals(blocked, capsys):
+    train_moons("--steps 4")
+    os.rename(f"out/moons/{blocked}", "away")
+    Path("in the way").mkdir() if blocked == "log.csv" else Path("in the way").touch()
+    os.rename("in the way", f"out/moons/{blocked}")
+    thread = threading.Thread(target=train_moons, args=["--steps 8 --resume"])
     thread.start()
     thread.join()
     assert state("out/moons")["step"] == 8 and "but not all of the log" in capsys.readouterr().out
@@ -1040,8 +1025,13 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one():
         file.write(b"new")
         1 / 0
     assert Path("x").read_bytes() == b"old" and os.listdir() == ["x"]
-    with data.whole(Path("y" * 255)) as file:  # as long as a name can be
-        assert len(os.listdir()) == 2
+
+
+@needs_unix
+def test_a_file_may_have_the_longest_of_names():
+    with data.whole(Path("é" * 127)) as file:
+        file.write(b"it")
+    assert os.listdir() == ["é" * 127]
 
 
 def test_seeds_differ_where_any_integer_does():
@@ -1053,8 +1043,7 @@ def test_seeds_differ_where_any_integer_does():
     (halves(255, 0, "L"), None),
     (halves(130, 120, "L"), None),  # a soft brush, or a JPEG: half white is the limit
     (halves((0, 0, 0, 255), (0, 0, 0, 0), "RGBA"), "transparent"),
-    (halves(1, 0, "L"), "no hole"),
-], ids=["grey", "soft", "alpha", "0 and 1"])
+], ids=["grey", "soft", "alpha"])
 def test_the_hole_of_a_mask_is_where_it_is_at_least_half_white(mask, reason):
     mask.save("mask.png")
     if reason:
@@ -1390,8 +1379,6 @@ def test_a_run_is_not_overwritten_and_goes_on_as_it_was_begun_or_not_at_all(caps
     before = {file: file.read_bytes() for file in Path("out").rglob("*.*")}
     refuses(capsys, "out/moons --resume --out", train_moons, "--steps 20 --ot")
     refuses(capsys, "step 20 of 20 --steps 40", train_moons, "--steps 20 --ot --resume")
-    with data.lock(Path("out/moons")):
-        refuses(capsys, "another run out/moons --out", train_moons, "--steps 30 --resume --preview 1")
     for flags in ("--data spirals, --res 16, --cond all, --drop 0.5, --predict x, --target x, --path cosine, "
                   "--times logit-normal, --t-mean 1, --ot 32, --jitter 1, --shortcut, --network unet, --patch 2, "
                   "--stride 2, --width 24, --depth 2, --heads 2, --norm derf, --attention hand, --optimizer muon, "
@@ -1400,6 +1387,13 @@ def test_a_run_is_not_overwritten_and_goes_on_as_it_was_begun_or_not_at_all(caps
     assert {file: file.read_bytes() for file in Path("out").rglob("*.*")} == before
     train_moons("--steps 30 --ot --resume --t-mean 0 --preset auto --lr 0.1 --report 7")
     assert state("out/moons")["step"] == 30
+
+
+@needs_unix
+def test_a_second_run_in_a_folder_is_refused(capsys):
+    with data.lock(Path("out/moons")):
+        refuses(capsys, "another run out/moons --out", train_moons, "--steps 2")
+    train_moons("--steps 2")
 
 
 def test_resume_refuses_a_lost_state_and_a_checkpoint_of_another_version(capsys):
@@ -1415,18 +1409,20 @@ def test_resume_refuses_a_lost_state_and_a_checkpoint_of_another_version(capsys)
 def test_resume_refuses_other_data_and_takes_the_same_by_another_path_and_so_does_sampling(capsys, monkeypatch):
     make_pictures(Path("pets/cats"), 8)
     make_pictures(Path("pets/dogs"), 9)
-    train_faces("--data pets --cond all --steps 1")
+    train_faces(f"--data pets --cond all --steps 1 --cache {Path('cache').absolute()}")
+    monkeypatch.chdir("pets")
+    assert "on 17 " in said(capsys, "../out/pets-16", "--bpd 20 --steps 1")  # from any folder
+    monkeypatch.chdir("..")
     shutil.copytree("pets", "there/animals")
     resume = "--steps 2 --resume --out out/pets-16 --data"
-    for old, new in (("dogs", "ants"), ("cats", "dogs"), ("ants", "cats")):  # at last the two are swapped
+    for old, new in (("dogs", "ants"), ("cats", "dogs"), ("ants", "cats")):
         Path("pets", old).rename(Path("pets", new))
-        refuses(capsys, "--data pets labels --out", train_faces, f"{resume} pets")
+    refuses(capsys, "--data pets labels --out", train_faces, f"{resume} pets")  # now the two are swapped
     train_faces(f"{resume} there/animals/")
     assert state("out/pets-16")["step"] == 2
     shutil.move("there/animals", "moved")
     refuses(capsys, "there/animals --data", sample.main, "out/pets-16 --device cpu --bpd 1".split())
-    monkeypatch.chdir("there")
-    assert "on 1 " in said(capsys, "../out/pets-16", "--data ../moved --bpd 1 --steps 1")
+    assert "on 1 " in said(capsys, "out/pets-16", "--data moved --bpd 1 --steps 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1453,6 +1449,16 @@ def test_two_processes_learn_what_one_does_with_the_same_batch(monkeypatch):
     monkeypatch.setattr(train, "draw_batch", draw_both_shares)
     train.main([*TINY, *flags, "--out", "one"])
     assert_close(state("one")["weights"], state("two")["weights"], atol=1e-5, rtol=0)
+
+
+def test_each_process_gets_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert model.pick_device("auto") == torch.device("cuda", 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(ValueError, match="--nproc_per_node must be at most 3"):
+        model.pick_device("cuda")
 
 
 def test_a_batch_that_does_not_split_among_the_processes_is_refused(capsys, monkeypatch):
@@ -1497,14 +1503,12 @@ def test_bench_counts_the_arithmetic_and_divides_it_by_the_time(monkeypatch, cap
     ("--data=~/none", os.path.expanduser("~/none")),
     ("--data moons --cond all", "--cond all no labels"),
     ("--drop 1", "--drop 1 0.99"),
-    ("--data nowhere", "nowhere faces"),
     ("--cond smilling", "--cond smilling smiling,"),
     ("--network mlp", "--network mlp faces"),
     ("--network unet --optimizer muon", "--optimizer muon unet"),
     ("--shortcut --predict e", "--shortcut --predict e x or v"),
     ("--shortcut --cooldown 0", "--shortcut --cooldown"),
     ("--shortcut --path cosine", "--shortcut --path cosine --predict v"),
-    ("--stride 5", "--stride 5 nearest 2, 4"),
     ("--resume", "out/faces-32/ckpt.pt --out"),
 ])
 def test_train_refuses_what_cannot_work(flags, words, capsys):
@@ -1556,7 +1560,7 @@ def test_samples_are_written_as_the_ending_says(pets_run):
     x = sampled(pets_run, "--n 5 --batch 2")
     assert x.shape == (5, 3, 16, 16) and x.dtype == np.float32
     flow = sampled(pets_run, "--n 5 --batch 2 --columns 1 --solver euler", to="x.gif")
-    assert flow.n_frames == 4 and flow.height > 4 * flow.width
+    assert flow.n_frames == 4 and flow.info["loop"] == 0 and flow.height > 4 * flow.width
     assert 1.3 < np.divide(*sampled(pets_run, "--n 5", to="x.png").size) < 1.6  # two rows of three
     pixels = sampled(pets_run, "--n 5", to="new/folder")
     assert_allclose(pixels / 127.5 - 1, x.clip(-1, 1).transpose(0, 2, 3, 1), atol=1 / 250)
@@ -1632,19 +1636,6 @@ def test_long_work_shows_how_much_is_done_and_how_long_the_rest_takes(flags, uni
     assert f"  2 of 6 {unit}  0.3 {unit}/s  ETA 0:00:12\n" in words
 
 
-def test_each_process_draws_on_a_gpu_of_its_own(pets_run, monkeypatch):
-    """Without any: it ends where the network would move there."""
-    moves = []
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda net, device: moves.append(device) or sys.exit())
-    with pytest.raises(SystemExit):
-        sampled(pets_run, "--device cuda", to="folder")
-    assert torch.device("cuda", 2) in moves
-
-
 def test_a_sample_depends_on_seed_and_index_only(pets_run):
     five = sampled(pets_run, "--n 5")
     assert_allclose(sampled(pets_run, "--n 3 --batch 2"), five[:3], atol=1e-5)
@@ -1686,16 +1677,6 @@ def test_one_shortcut_is_the_picture_that_the_network_draws_from_noise_for_all_o
     drawn = sampled(pets_run, "--solver shortcut --steps 1")
     assert_allclose(drawn, net(e, now, None, all_of_it), atol=1e-5, rtol=1e-4)
     assert np.abs(drawn - sampled(pets_run, "--solver euler --steps 1")).max() > 1e-3
-
-
-@parametrize("flags,n", [
-    ("--steps 2 --label all --guidance 2 --n 8", 8),
-    ("--steps 1 --interpolate 2 --n 5 --label all", 12),  # n is rounded up to 6
-    ("--steps 4 --inpaint a.png --mask a.png", 2)])
-def test_shortcuts_serve_wherever_a_solver_does(flags, n, pets_run):
-    save_picture("a.png")
-    x = sampled(pets_run, f"--solver shortcut {flags}")
-    assert x.shape == (n, 3, 16, 16) and np.isfinite(x).all()
 
 
 def test_labels_and_guidance_steer_the_samples(pets_run):
@@ -1748,12 +1729,12 @@ def test_held_out_pictures_have_no_distance_and_worse_ones_more_than_training_pi
     blocks = known.reshape(20, 4, 4, 4, 4, 3).mean(axis=(2, 4)).astype(np.uint8)  # 4 x 4 pixels of one colour
     blurred = blocks.repeat(4, axis=1).repeat(4, axis=2)
     distance, floors = {}, set()
-    for folder, pixels in dict(fresh=images[held_out], known=known, blurred=blurred, copies=known[[0] * 20]).items():
+    for folder, pixels in dict(faces=images[held_out], known=known, blurred=blurred, copies=known[[0] * 20]).items():
         save_folder(folder, pixels)
         distance[folder], floor = distance_of(capsys, folder, f"--fd 20 --judge {pets_run}")
         floors.add(floor)
     assert len(floors) == 1
-    assert distance["fresh"] == approx(0, abs=1e-4)
+    assert distance["faces"] == approx(0, abs=1e-4)  # of the folder, though a dataset has that name
     assert distance["known"] / 2 < floor < 1.5 * distance["known"] < min(distance["blurred"], distance["copies"])
 
 
@@ -1761,12 +1742,6 @@ def test_the_distance_of_samples_is_that_of_their_folder_whatever_the_batch(pets
     by_itself = distance_of(capsys, pets_run, "--fd 20 --steps 3 --seed 1 --batch 7")
     sampled(pets_run, "--n 20 --seed 1", to="drawn")
     assert by_itself == approx(distance_of(capsys, "drawn", f"--fd 20 --judge {pets_run}"), rel=1e-3)
-
-
-def test_the_pictures_that_are_judged_are_those_of_the_folder_even_if_it_has_the_name_of_a_dataset(pets_run):
-    save_folder("faces", np.full((8, 16, 16, 3), 7, np.uint8))
-    x = sample.read_folder(Path("faces"), 5, model.load(pets_run)[1]["config"])
-    assert_array_equal(data.to_uint8(x), np.full((5, 16, 16, 3), 7))
 
 
 @parametrize("network,features,later", [("transformer", 32, "blocks.2"), ("unet", 64, "up1")])
@@ -1901,7 +1876,7 @@ def test_a_mistake_on_the_real_command_line_shows_one_line():
     ("--label cats --interval 1 0", "--interval earlier"),
     ("--to a.gif", "a.gif folder of that name"),
     ("--inpaint a.png --mask black.png", "black.png no hole white"),
-    ("--inpaint a.png --mask wide.png", "wide.png size a.png"),
+    ("--inpaint a.png --mask wide.png", "wide.png size of a.png"),
     ("--judge .", "--judge --fd"),
     ("--bpd 2 --to x.npy", "--bpd leave --to out"),
     (f"--to {'x' * 300}", "too long"),
@@ -1909,7 +1884,7 @@ def test_a_mistake_on_the_real_command_line_shows_one_line():
     ("--from a.png --to a.png", "a.png would write over"),
     ("--from a.png --to .", "a.png another place"),
     ("--to x.jpg", "x.jpg .png, .gif, .npy"),
-    ("--data . --to in.npy", "in.npy inside --data"),
+    ("--data .", "--data --bpd"),
     ("--to taken --n 9", "taken 1 files 00003.png new folder"),
     ("--solver shortcut --steps 3", "--steps 1, 2, 4, 8, 16"),
     ("--solver shortcut --shift 2", "shortcut --shift"),

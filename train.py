@@ -157,7 +157,8 @@ def train_step(config, step, net, ema, optimizers, batch):
 def train(config, checkpoint, dataset, rank, world, device):
     """The loop. Goes on from a checkpoint, or starts anew if that is None. dataset: see `data.load`. Returns the
     averaged network."""
-    out, (images, labels, label_names, content) = Path(config.out), dataset
+    out = Path(config.out)
+    images, labels, label_names, content = dataset
     if rank == 0 and checkpoint and "keep_end_as" in checkpoint:
         keep_end(out, checkpoint["keep_end_as"])
     net, ema, optimizers, sizes = build_networks(config, checkpoint, len(label_names), device, world)
@@ -430,7 +431,8 @@ def measure_points(ema, config, device):
     for steps in (1, 2, 4, 10, 100):
         x, _ = sample.generate(ema, config, e, steps)
         distances.append(f"{steps}: {fm.w2(fresh, x):.3f}")
-    data.say("W2 to the data, by Euler steps:", "  ".join(distances), f" (data against data: {fm.w2(fresh, others):.3f})")
+    floor = fm.w2(fresh, others)
+    data.say("W2 to the data, by Euler steps:", "  ".join(distances), f" (data against data: {floor:.3f})")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -444,11 +446,13 @@ def main(argv=None):
         checkpoint, config = resume(given) if resuming else (None, resolve(given))
         for name in ("ckpt.pt", "stable.pt", "log.csv", "loss.png", "samples"):
             if Path(config.out, name).exists() and not resuming and not bench_only:
-                raise ValueError(f"{config.out} holds {name} already, perhaps of other data of this name: go on with "
+                raise ValueError(f"{config.out} holds {name} already (perhaps of other data of that name): go on with "
                                  f"that run by --resume, name another folder by --out DIR, or move it away")
         check(config)
         rank, world, device = start_processes(config)
     data.say(*(f"{field}={value}" for field, value in vars(config).items()))
+    if rank == 0 and not bench_only:
+        data.check_writable(Path(config.out), "--out DIR")
     dataset = load_dataset(config, checkpoint, rank)
     if bench_only:
         return bench(config, dataset, rank, world, device)
@@ -491,7 +495,7 @@ def resolve(given):
     # labels, unless they see still more of it, which hides all but the layout. So on a laptop the mean of logit(t)
     # falls as by the formula, but from 0 at 32 pixels; and it is at most Config's.
     t_mean = min(Config.t_mean, fm.logit_normal_mean(res) if size == "gpu" else -math.log(res / 32))
-    fields = dict(root=os.path.abspath(Config.root), res=res, flip=name != "mnist", t_mean=t_mean,
+    fields = dict(root=data.as_absolute(Config.root), res=res, flip=name != "mnist", t_mean=t_mean,
                   out=str(data.run_folder(name, res)))
     fields.update(PRESETS[preset(name, res, size)])
     if given.get("network", fields.get("network")) == "unet":
@@ -528,7 +532,7 @@ def tiling(res, side, patch, stride):
 CHOICES = {"predict": ("x", "e", "v"), "target": ("x", "e", "v"), "path": fm.PATHS,
            "times": ("logit-normal", "uniform"), "network": model.NETWORKS, "norm": model.NORMS,
            "attention": model.ATTENTION, "optimizer": ("muon", "adamw"), "preset": ("auto", "laptop", "gpu")}
-PATHS = {"data": data.place, "root": data.place, "cache": data.path, "out": data.path}
+PLACES = {"data": data.as_dataset, "root": data.as_absolute, "cache": data.as_path, "out": data.as_path}
 # The least and the most that a number may be, if not 1 and a billion (whole ones), or 0 and 1e38.
 LIMITS = {"res": (8, 10**4), "drop": (0, 0.99), "t_mean": (-10, 10), "ot": (0, 10**4), "width": (1, 10**5),
           "lr": (1e-9, 1e38), "warmup": (0, 10**9), "cooldown": (0, 1), "clip": (1e-9, 1e38), "ema": (0, 1),
@@ -548,7 +552,7 @@ def parse_flags(argv):
             how = dict(help=how["help"], action=argparse.BooleanOptionalAction)
         elif field.type is str:
             how["choices"] = CHOICES.get(field.name)
-            how["type"] = PATHS.get(field.name, str)
+            how["type"] = PLACES.get(field.name, str)
         else:
             how["type"] = data.number(field.type, *LIMITS.get(field.name, ()))
         if field.name == "ot":
@@ -566,8 +570,8 @@ def flag(field):
 
 def check(config):
     """Refuses what cannot work, before anything slow."""
-    data.check_outside(config.data, config.out, config.cache)
-    data.check_writable(Path(config.out))
+    data.check_outside(config.data, config.out, "--out DIR")
+    data.check_outside(config.data, config.cache, "--cache DIR")
     if (config.network == "mlp") != (config.data in data.POINTS):
         raise ValueError(f"--network {config.network} --data {config.data}: mlp is for points, transformer and unet "
                          f"are for pictures")
@@ -632,7 +636,7 @@ def start_processes(config):
                          f"--batch {2 * world} or more")
     device = model.pick_device(config.device)
     if rank > 0:  # only the first process prints
-        sys.stdout = open(os.devnull, "w")
+        data.silence()
     if world > 1:
         backend = "gloo"
         if device.type == "cuda":
