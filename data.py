@@ -12,6 +12,7 @@ all scripts share (seeds, flags, progress, writing files whole, ending with a me
 
 import argparse
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -75,7 +76,8 @@ def load(name, root="data", cache="cache", res=32, cond="", channels=None):
     except Exception as error:  # cut short, or one of the two deleted
         raise ValueError(f"{pack} is damaged ({error}); it will be packed anew after rm {shlex.quote(str(pack))}")
     if skipped:
-        say(f"{skipped:,} pictures of {name} could not be read, and are left out")
+        say(f"{skipped:,} pictures of {name} could not be read, and are left out (to try them again: rm "
+            f"{shlex.quote(str(pack))})")
     labels, label_names = choose_labels(labels, label_names, cond)
     content = hashlib.sha256(repr((content, label_names)).encode() + labels.tobytes()).hexdigest()[:16]
     return images, labels, label_names, content
@@ -444,8 +446,8 @@ def list_pictures(place):
         try:
             archive = zipfile.ZipFile(place)
         except Exception as error:  # among others OSError, BadZipFile and UnicodeDecodeError
-            raise ValueError(f"--data {place}: no folder, and no zip that can be read ({error}); data by name: "
-                             f"{', '.join(NAMES)}")
+            raise ValueError(f"--data {place}: no folder, and no zip that can be read ({error}): name its "
+                             f"place, or one of {', '.join(NAMES)}")
         entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
         found = [(name, entry.file_size, entry.CRC) for name, entry in entries.items()]
         opener = lambda name: archive.open(entries[name])
@@ -504,7 +506,7 @@ def stream_files(files, labels, open_picture, res, channels):
                     pixels, notes = read_picture(file, res, channels)
                 samples.append((pixels, labels[i], notes))
             except Exception as error:  # a broken picture raises anything; it is skipped, and named
-                if getattr(error, "errno", None) and not isinstance(error, PermissionError):
+                if getattr(error, "errno", None) not in (None, errno.EINVAL, errno.EACCES, errno.EPERM):
                     raise  # the disk or the network failed: the picture may be readable next time
                 samples.append((None, name, f"{type(error).__name__}: {error}"))
         return samples
@@ -713,8 +715,7 @@ def write_pack(pack, total, samples, n, files, label_names):
     beside it. The rest: see `find_dataset`."""
     check_writable(pack.parent, "--cache DIR")
     pack.parent.mkdir(parents=True, exist_ok=True)
-    for part in pack.parent.glob(".part-*"):
-        say(f"{part} was left by a run that was killed: delete it, unless another run is packing now")
+    mention_parts(pack.parent)
     free = disk_usage(pack.parent).free
     if total > free:
         raise OSError(f"{pack} needs {total / 1e9:.1f} GB, {free / 1e9:.1f} are free: name another disk, --cache DIR")
@@ -927,9 +928,28 @@ def progress(n, unit):
     return report
 
 
+def with_fallback(fast, slow):
+    """Calls fast. If its first call fails, says why, and calls slow from then on: torch.compile needs a compiler."""
+    calls = 0
+
+    def call(*args):
+        nonlocal fast, calls
+        calls += 1
+        try:
+            return fast(*args)
+        except Exception as error:
+            if calls > 1:
+                raise
+            say(f"torch.compile failed, so this runs without it: {str(error).strip().partition(chr(10))[0]:.150}")
+            fast = slow
+            return slow(*args)
+
+    return call
+
+
 def check_writable(folder, advice):
     """Makes a file that vanishes where this folder is, or will be: so an OSError comes before the work, not after."""
-    here = next(here for here in (folder, *folder.parents, Path()) if os.path.exists(here))
+    here = next(here for here in (folder, *folder.parents, Path()) if os.path.lexists(here))
     try:
         tempfile.TemporaryFile(dir=here).close()
     except OSError as error:
@@ -945,7 +965,8 @@ def check_outside(name, folder, advice):
 
 @contextlib.contextmanager
 def lock(folder):
-    """Keeps a second run from writing to the folder."""
+    """Keeps a second run from writing to the folder, which is made."""
+    check_writable(folder, "--out DIR")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
@@ -957,7 +978,19 @@ def lock(folder):
                  f"several processes of one run use torchrun)")
         except (ImportError, OSError):  # Windows and some network disks have no such lock
             pass
-        yield
+        mention_parts(folder)
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [".lock"]:  # nothing came of it
+                os.remove(file.name)
+                folder.rmdir()
+
+
+def mention_parts(folder):
+    """What `whole` could not remove."""
+    for part in folder.glob(".part-*"):
+        say(f"{part} was left by a run that was killed: delete it, unless another one writes it now")
 
 
 @contextlib.contextmanager
@@ -965,13 +998,17 @@ def whole(file):
     """A file to write, opened for bytes; its folder is made. It has another name until it is complete and on the disk.
     So a kill or a full disk leaves what was there before."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".part-{os.getpid()}-{file.name[-40:]}")  # pillow looks at the ending
+    part = file.with_name(f".part-{os.urandom(4).hex()}-{file.name[-40:]}")  # pillow looks at the ending
     try:
         with open(part, "wb") as out:
             yield out
             out.flush()
             os.fsync(out.fileno())
         part.replace(file)
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(file)  # of a full disk, Python does not say which file
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -995,9 +1032,9 @@ def run(main):
     """Runs a program. What is no mistake of its own (a full disk, too little memory) ends it in a line, too."""
     if hasattr(sys.stdout, "reconfigure"):  # not closed, nor a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid Unicode
-    on_signals(exit_on_signal)
     try:
-        main()
+        with on_signals(exit_on_signal):
+            main()
     except (OSError, FloatingPointError) as error:
         fail(error, status=1)
     except (MemoryError, RuntimeError) as error:  # torch has its own kinds for a GPU and for a CPU
@@ -1006,13 +1043,19 @@ def run(main):
         fail(f"out of memory; a smaller --batch needs less ({str(error):.100})", status=1)
 
 
+@contextlib.contextmanager
 def on_signals(handler):
     """Sets what happens on Ctrl-C, on SIGTERM, and when the terminal closes, unless nohup lets that be ignored."""
-    if threading.current_thread() is not threading.main_thread():
-        return  # Python allows it in the main thread only
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # in others Python forbids it
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

@@ -449,9 +449,12 @@ def load(folder):
         net = build(**checkpoint["net"])
         net.load_state_dict(checkpoint["ema"])
         checkpoint["config"] = SimpleNamespace(**checkpoint["config"])
+    except OSError:
+        raise  # it may be readable another time
     except Exception as error:  # torch.load alone raises half a dozen kinds for a damaged file
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} is damaged, or no checkpoint of this version ({reason:.90}): train anew, --out DIR")
+        raise ValueError(f"{file} is damaged, or no checkpoint of this version ({reason:.90}): try stable.pt beside "
+                         f"it, or train anew, --out DIR")
     return net.eval().requires_grad_(False), checkpoint
 
 

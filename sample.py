@@ -87,8 +87,7 @@ def draw_samples(net, config, args, n, y, picture, hole, device):
     args: the flags, see `parse_flags`. y: labels, (n,) or (n, K), or None. picture: to start from, or to fill where
     hole is True; or None.
     """
-    rank, world, _ = model.processes()
-    shares = torch.arange(n).split(args.batch)[rank::world]
+    shares = share(n, args.batch)
     report = data.progress(sum(len(indices) for indices in shares), "samples")
     start = 1 - args.strength if args.source else 0.0
     if args.interpolate:
@@ -117,6 +116,12 @@ def draw_samples(net, config, args, n, y, picture, hole, device):
     how = "dopri5" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
     if shares:  # the first process has the largest share
         data.say(f"{n} samples, {how}, NFE {nfe}, {n / seconds:.1f} samples/s")
+
+
+def share(n, batch):
+    """The indices of n samples, in batches, that this process draws."""
+    rank, world, _ = model.processes()
+    return torch.arange(n).split(batch)[rank::world]
 
 
 def write(batches, n, config, to, columns=None):
@@ -380,7 +385,7 @@ def main(argv=None):
     batches = draw_samples(net, config, args, n, y, picture, hole, device)
     if not args.fd:
         with data.refusing():
-            check_output(args.to, config, n, world)
+            check_output(args.to, config, n, args.batch)
         return write(batches, n, config, args.to, columns)
     wanted, drawn = tuple(referee[2].shape), (n, *shape_of(config))
     if wanted != drawn:
@@ -475,9 +480,8 @@ def check(args, checkpoint, rows, world):
             raise ValueError(f"--to {args.to} would write over {source}, or beside it: name another place")
 
 
-def check_output(to, config, n, world):
-    """Before the work, refuses a --to that cannot be written. n: how many pictures there will be. world: by how many
-    processes."""
+def check_output(to, config, n, batch):
+    """Before the work, refuses a --to that cannot be written. n: how many pictures there will be, by all processes."""
     endings = (".png", ".gif", ".npy") if config.data in data.POINTS else (".png", ".gif", ".npy", "")
     if to.suffix not in endings:
         raise ValueError(f"cannot write {to}: its ending must be .png, .gif, .npy or, for pictures, none (a folder)")
@@ -489,8 +493,8 @@ def check_output(to, config, n, world):
     data.check_writable(to.parent if to.suffix else to, "another --to")
     if not to.suffix:
         others = {file.name for file in to.glob("[!.]*")}
-        if world > 1:
-            others -= {picture_name(i) for i in range(n)}  # another process may have drawn
+        mine = [i for indices in share(n, batch) for i in indices.tolist()]
+        others -= {picture_name(i) for i in {*range(n)} - {*mine}}  # another process may have drawn them just now
         if others:
             raise ValueError(f"{to}/ holds {len(others)} files already, such as {min(others)}: name an empty or a new "
                              f"folder")

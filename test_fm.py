@@ -58,7 +58,7 @@ needs_unix = pytest.mark.skipif(sys.platform == "win32", reason="needs Unix")
 @pytest.fixture(autouse=True)
 def small_and_alone(tmp_path, monkeypatch):
     """Every test runs in a folder of its own, with few faces and points and short previews, in float32 whatever the
-    processor offers, and leaves signals and threads as they were. A process that a test starts knows nothing of this:
+    processor offers, and leaves threads as they were. A process that a test starts knows nothing of this:
     give it --no-bf16."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model, "has_bf16", lambda device: False)
@@ -66,13 +66,9 @@ def small_and_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "POINTS_DRAWN", 20_000)
     monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
     monkeypatch.setattr(train, "HELD_OUT_PICTURES", 20)
-    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield
-    for number, handler in handlers.items():
-        if signal.getsignal(number) != handler:
-            signal.signal(number, handler)
     torch.set_num_threads(threads)
 
 
@@ -1141,7 +1137,7 @@ def test_a_step_goes_down_the_gradient_of_flow_and_shortcuts_and_the_average_fol
     flat = torch.nn.utils.parameters_to_vector
     gradient, before, average = flat(w.grad for w in net.parameters()), flat(net.parameters()), flat(ema.parameters())
     optimizer = torch.optim.SGD(net.parameters(), lr=7.0, weight_decay=7.0)  # both to be replaced by the config's
-    assert train.train_step(config, step, net, ema, [optimizer], batch).item() == approx(flow.mean().item())
+    assert train.train_step(config, step, batch, net, ema, [optimizer]).item() == approx(flow.mean().item())
     gradient *= min(1, clip / gradient.norm())
     assert_close(flat(net.parameters()), before - train.learning_rate(config, step) * (gradient + 0.5 * before))
     assert_close(flat(ema.parameters()), kept * average + (1 - kept) * flat(net.parameters()))
@@ -1242,7 +1238,7 @@ def test_neither_a_failed_save_nor_what_is_not_finite_replaces_a_checkpoint(monk
     train_moons("--steps 4 --cooldown 0")  # without a cool-down nothing else is saved
     before = Path("out/moons/ckpt.pt").read_bytes()
 
-    def break_weights(config, step, net, *others):
+    def break_weights(*others, net, **more):
         next(net.parameters()).data[0] = math.nan
         return torch.ones(())
 
@@ -1345,7 +1341,7 @@ def test_in_bf16_matrices_are_multiplied_in_it_in_network_and_muon_and_the_loss_
     products = []
     monkeypatch.setattr(train, "nearest_orthogonal", lambda g: products.append(g.dtype) or g)
     net.blocks[0].swiglu.register_forward_hook(lambda module, inputs, output: products.append(output.dtype))
-    loss = train.train_step(config, 0, net, ema, optimizers, batch_of(config))
+    loss = train.train_step(config, 0, batch_of(config), net, ema, optimizers)
     assert set(products) == {torch.bfloat16 if bf16 else torch.float32}
     assert loss.dtype == torch.float32
 
@@ -1360,7 +1356,6 @@ def test_a_signal_finishes_the_step_saves_and_resume_goes_on_to_the_same_end(num
         train_moons("--steps 20 --out killed")
     assert state("killed")["step"] == 4 and "--resume" in capsys.readouterr().out
     assert equal(train_moons("--steps 20 --out killed --resume").state_dict(), whole.state_dict())
-    assert signal.getsignal(number) == data.exit_on_signal  # once all is saved, a signal ends at once
 
 
 def test_a_longer_run_goes_on_from_before_the_cool_down_and_keeps_the_end_of_the_shorter_one():
@@ -1466,16 +1461,41 @@ def test_a_batch_that_does_not_split_among_the_processes_is_refused(capsys, monk
     monkeypatch.delenv("RANK", raising=False)
     refuses(capsys, "RANK", train_moons, "")  # this was not torchrun
     refuses(capsys, "--batch 31 2 processes", train_moons, "--batch 31")
-    refuses(capsys, "--shortcut --batch 2 --batch 4 or more", train_moons, "--shortcut --batch 2")
+    refuses(capsys, "--shortcut --batch 30 multiple of 12", train_moons, "--shortcut --batch 30 --accumulate 3")
 
 
-def test_the_network_and_its_average_are_compiled_if_asked_to(monkeypatch):
+@parametrize("works", [True, False])
+def test_the_loss_is_compiled_if_asked_to_and_a_failure_of_that_stops_nothing(works, monkeypatch, capsys):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
-    train_moons("--steps 1 --no-compile --out plain")
+
+    def compile(function):
+        compiled.append(function)
+        return function if works else lambda *_: 1 / 0
+
+    monkeypatch.setattr(torch, "compile", compile)
+    plain = train_moons("--steps 3 --no-compile --out plain")
     assert not compiled
-    train_moons("--steps 1 --compile")
-    assert len(compiled) == 2
+    assert equal(train_moons("--steps 3 --compile").state_dict(), plain.state_dict())
+    assert compiled == [train.batch_loss] and ("runs without it: division" in capsys.readouterr().out) != works
+
+
+@parametrize("flags,cuda,bf16,pays", [("", True, False, True), ("", False, True, False),
+                                      ("--width 256 --steps 2000", False, True, True),
+                                      ("--width 256 --steps 2000", False, False, False),
+                                      ("--network unet --steps 9000 --width 256", False, True, False)])
+def test_compiling_is_chosen_where_it_was_measured_to_pay(flags, cuda, bf16, pays, monkeypatch):
+    monkeypatch.setattr(model, "has_bf16", lambda device: bf16)
+    config = train.resolve(train.parse_flags(shlex.split("--device cpu " + flags))[0])
+    assert train.compiling_pays(config, torch.device("cuda" if cuda else "cpu")) == pays
+
+
+@parametrize("flags", ["--cond all --jitter 0.1", "--shortcut --cooldown 1"])
+def test_a_batch_in_parts_teaches_the_same(flags):
+    """Up to the order of sums."""
+    flags += " --steps 1 --optimizer adamw --lr 1e-4 --out"
+    at_once, in_parts = train_faces(f"{flags} once"), train_faces(f"{flags} parts --accumulate 4")
+    assert_close(dict(in_parts.named_parameters()), dict(at_once.named_parameters()), atol=1e-6, rtol=0)
+    assert state("parts")["log"][0]["loss"] == approx(state("once")["log"][0]["loss"])
 
 
 def test_bench_counts_the_arithmetic_and_divides_it_by_the_time(monkeypatch, capsys):
@@ -1513,7 +1533,7 @@ def test_bench_counts_the_arithmetic_and_divides_it_by_the_time(monkeypatch, cap
 ])
 def test_train_refuses_what_cannot_work(flags, words, capsys):
     refuses(capsys, words, train.main, shlex.split(f"--device cpu --steps 2 {flags}"))
-    assert not Path("out").exists()
+    assert not any(Path().glob("out/*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------

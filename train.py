@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import math
 import os
@@ -71,6 +72,7 @@ class Config:
     optimizer: str = "muon"  # muon (for the matrices in the transformer's blocks; AdamW for the rest) or adamw
     steps: int = 1000  # gradient steps
     batch: int = 32  # samples a step, over all processes together
+    accumulate: int = 1  # parts of the batch that pass the network one after another, where memory is short
     lr: float = 3e-3  # peak learning rate
     warmup: int = 30  # steps of linear warm-up
     cooldown: float = 0.4  # last fraction of the steps, in which the rate falls linearly towards zero
@@ -82,7 +84,7 @@ class Config:
     seed: int = 0  # of weights, batches, noise and times; what is held out is always the same
     device: str = "auto"  # auto, cpu, cuda or mps
     bf16: bool = True  # multiply matrices in bfloat16, where the hardware does
-    compile: bool = None  # torch.compile; by default on CUDA, where it pays at once
+    compile: bool = None  # torch.compile; by default where the run is long enough to win by it
     out: str = ""  # where results go; by default out/<data>-<res>
     report: int = 20  # steps between lines of progress
     preview: int = 250  # steps between previews, held-out losses and checkpoints
@@ -120,21 +122,36 @@ def draw_batch(config, images, labels, step, rank, world, device):
     return x, e, t, y, jitter, shortcuts
 
 
-def train_step(config, step, net, ema, optimizers, batch):
-    """The loss and the update. Returns the flow's loss as a tensor, since .item() would make the CPU wait for a GPU."""
-    x, e, t, y, jitter, shortcuts = batch
+def batch_loss(config, net, ema, x, e, t, y, jitter, shortcuts):
+    """(the loss of the flow, the loss to descend): means over a batch, or over a part of it."""
     path = fm.PATHS[config.path]
-    with model.autocast(x.device, config.bf16):
-        if shortcuts is None:
-            flow_loss = loss = fm.loss(net, x, e, t, y, config.predict, config.target, path, jitter).mean()
-        else:
-            of_flow, of_shortcuts = fm.loss_with_shortcuts(net, ema, x, e, t, shortcuts, y, config.predict,
-                                                           config.target, path, jitter)
-            flow_loss = of_flow.mean()
-            loss = (flow_loss + of_shortcuts.mean()) / 2
+    if shortcuts is None:
+        if config.shortcut:  # to a compiled network, a length of 0 and none at all would be two networks
+            net = functools.partial(net, length=torch.zeros_like(t))
+        flow = fm.loss(net, x, e, t, y, config.predict, config.target, path, jitter).mean()
+        return flow, flow
+    flow, others = fm.loss_with_shortcuts(net, ema, x, e, t, shortcuts, y, config.predict, config.target, path, jitter)
+    return flow.mean(), (flow.mean() + others.mean()) / 2
 
+
+def train_step(config, step, batch, net, ema, optimizers, loss=batch_loss):
+    """The loss and the update. Returns the flow's loss as a tensor, since .item() would make the CPU wait for a GPU.
+
+    With --accumulate k, each k-th sample is a part: the gradients of the parts add up to the whole batch's.
+    """
+    k = config.accumulate
+    total = 0
     net.zero_grad()
-    loss.backward()
+    for part in range(k):
+        *tensors, shortcuts = batch
+        mine = [tensor if tensor is None else tensor[part::k] for tensor in tensors]
+        mine.append(shortcuts and [tensor[part::k] for tensor in shortcuts])
+        net.require_backward_grad_sync = part == k - 1  # several processes exchange the sum of the gradients only
+        with model.autocast(mine[0].device, config.bf16):
+            flow_loss, all_loss = loss(config, net, ema, *mine)
+        (all_loss / k).backward()
+        total += flow_loss.detach() / k
+
     torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -147,27 +164,25 @@ def train_step(config, step, net, ema, optimizers, batch):
     keep = min(config.ema, (1 + step) / (10 + step))
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - keep)
-    return flow_loss.detach()
+    return total
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The run
 
 
-def train(config, checkpoint, dataset, rank, world, device):
-    """The loop. Goes on from a checkpoint, or starts anew if that is None. dataset: see `data.load`. Returns the
-    averaged network."""
+def train(config, checkpoint, dataset, rank, world, device, signals=()):
+    """The loop. Goes on from a checkpoint, or starts anew if that is None. dataset: see `data.load`. signals: the
+    numbers of those that came, such as Ctrl-C; the loop finishes its step, and saves. Returns the averaged network."""
     out = Path(config.out)
     images, labels, label_names, content = dataset
     if rank == 0 and checkpoint and "keep_end_as" in checkpoint:
         keep_end(out, checkpoint["keep_end_as"])
     net, ema, optimizers, sizes = build_networks(config, checkpoint, len(label_names), device, world)
-    wrapped, wrapped_ema = wrap(net, config, world, device), wrap(ema, config, 1, device)
+    one_step = make_step(config, net, ema, optimizers, world)
     first, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
     about = dict(config=vars(config), net=sizes, label_names=label_names, multi_hot=labels.ndim == 2, content=content,
                  log=log)  # is in every checkpoint, with all rows of the log so far
-    signals = []  # Ctrl-C and SIGTERM only add their numbers, so that the loop can finish its step and save
-    data.on_signals(lambda number, frame: signals.append(number))
     total, reported, timed = torch.zeros((), device=device), first, first
     began = clock = time.perf_counter()
 
@@ -176,7 +191,7 @@ def train(config, checkpoint, dataset, rank, world, device):
             for name in ("stable.pt", "ckpt.pt"):
                 save(out / name, about, step, net, ema, optimizers)
         batch = draw_batch(config, images, labels, step, rank, world, device)
-        total += train_step(config, step, wrapped, wrapped_ema, optimizers, batch)
+        total += one_step(step, batch)
         done = step + 1
         stop = stop_signal(signals, world)
         # Asked to stop, it saves at once, without the slower held-out loss and preview.
@@ -190,8 +205,8 @@ def train(config, checkpoint, dataset, rank, world, device):
                 log[-1].update(held_out(ema, config, images, labels, device))
                 data.say(f"held-out loss {log[-1]['held_out']:.4f}")
             if not np.isfinite(list(log[-1].values())).all():
-                raise FloatingPointError(f"the loss is no longer finite at step {done}; try a lower --lr (--resume "
-                                         f"goes on from the last checkpoint)")
+                raise FloatingPointError(f"the loss is no longer finite at step {done}; try a lower --lr (if a "
+                                         f"checkpoint was saved, --resume goes on from it)")
             if rank == 0 and (milestone or stop):
                 save(out / "ckpt.pt", about, done, net, ema, optimizers)
                 try:
@@ -212,7 +227,6 @@ def train(config, checkpoint, dataset, rank, world, device):
     if world > 1:
         meet()  # wait for the one that saves: when one process ends by a signal, torchrun ends all
         dist.destroy_process_group()
-    data.on_signals(data.exit_on_signal)  # all is saved: what comes now may be cut short
     if done < config.steps:
         data.say(f"stopped after step {done:,} and saved; the same command with --resume goes on")
         sys.exit(128 + stop)
@@ -284,15 +298,14 @@ class Muon(torch.optim.Optimizer):
             for w in group["params"]:
                 same_shape[w.shape].append(w)
             for (rows, columns), matrices in same_shape.items():
-                directions = []
                 for w in matrices:
-                    state = self.state[w]
-                    if not state:
-                        state["momentum_buffer"] = torch.zeros_like(w)
-                    average = state["momentum_buffer"].lerp_(w.grad, 0.05)
-                    # Nesterov: 0.05 grad + 0.95 average. The average holds the latest gradient already, so that one
-                    # counts about twice as much.
-                    directions.append(w.grad.lerp(average, 0.95))
+                    if not self.state[w]:
+                        self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+                gradients, averages = [w.grad for w in matrices], [self.state[w]["momentum_buffer"] for w in matrices]
+                torch._foreach_lerp_(averages, gradients, 0.05)
+                # Nesterov: 0.05 grad + 0.95 average. The average holds the latest gradient already, so that one counts
+                # about twice as much.
+                directions = torch._foreach_lerp(gradients, averages, 0.95)
                 updates = nearest_orthogonal(torch.stack(directions).to(self.dtype)).float()
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(matrices, list(updates), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
@@ -443,21 +456,26 @@ def main(argv=None):
     """Trains, or times (--bench), as the command line says; returns the averaged network."""
     given, resuming, bench_only = parse_flags(argv)
     with data.refusing():
-        checkpoint, config = resume(given) if resuming else (None, resolve(given))
-        for name in ("ckpt.pt", "stable.pt", "log.csv", "loss.png", "samples"):
-            if Path(config.out, name).exists() and not resuming and not bench_only:
-                raise ValueError(f"{config.out} holds {name} already (perhaps of other data of that name): go on with "
-                                 f"that run by --resume, name another folder by --out DIR, or move it away")
-        check(config)
-        rank, world, device = start_processes(config)
-    data.say(*(f"{field}={value}" for field, value in vars(config).items()))
-    if rank == 0 and not bench_only:
-        data.check_writable(Path(config.out), "--out DIR")
-    dataset = load_dataset(config, checkpoint, rank)
-    if bench_only:
-        return bench(config, dataset, rank, world, device)
-    with data.lock(Path(config.out)) if rank == 0 else contextlib.nullcontext():
-        ema = train(config, checkpoint, dataset, rank, world, device)
+        out = Path(given.get("out") or resolve(given).out)
+    alone = model.processes()[0] == 0 and not bench_only
+    signals = []
+    with data.lock(out) if alone else contextlib.nullcontext():
+        with data.refusing():
+            checkpoint, config = resume(given, out) if resuming else (None, resolve(given))
+            for name in ("ckpt.pt", "stable.pt", "log.csv", "loss.png", "samples"):
+                if (out / name).exists() and not resuming and not bench_only:
+                    raise ValueError(f"{out} holds {name} already (perhaps of other data of that name): go on with "
+                                     f"that run by --resume, name another folder by --out DIR, or move it away")
+            check(config)
+            rank, world, device = start_processes(config)
+        if config.compile is None:
+            config.compile = compiling_pays(config, device)
+        data.say(*(f"{field}={value}" for field, value in vars(config).items()))
+        dataset = load_dataset(config, checkpoint, rank)
+        if bench_only:
+            return bench(config, dataset, rank, world, device)
+        with data.on_signals(lambda number, frame: signals.append(number)):
+            ema = train(config, checkpoint, dataset, rank, world, device, signals)
     if rank == 0 and config.data in data.POINTS:
         measure_points(ema, config, device)
     return ema
@@ -595,14 +613,13 @@ def check(config):
 MAY_CHANGE = "data root cache download steps lr device bf16 compile out report preview".split()
 
 
-def resume(given):
+def resume(given, out):
     """(checkpoint, config) to go on with. config: the run's own, but for the given fields that may change.
 
     It goes on from ckpt.pt; or, if --steps asks for more and the learning rate has begun to fall, from stable.pt, the
     state from just before, and the end of the shorter run stays as ckpt-STEP.pt. So a run of k steps, extended to n,
     gives what n steps at once give, to the bit on the same machine. (Flags such as --lr simply act from there on.)
     """
-    out = Path(given.get("out") or resolve(given).out)
     _, checkpoint = model.load(out)
     was, done = vars(checkpoint["config"]), checkpoint["step"]
     if was.keys() != vars(Config()).keys():
@@ -629,11 +646,10 @@ def resume(given):
 def start_processes(config):
     """(rank, world, device) of this process, connected with the others."""
     rank, world, _ = model.processes()
-    if config.batch % world:
-        raise ValueError(f"--batch {config.batch} does not split evenly over {world} processes")
-    if config.shortcut and config.batch < 2 * world:
-        raise ValueError(f"--shortcut --batch {config.batch}: half of each process's samples learn shortcuts, so take "
-                         f"--batch {2 * world} or more")
+    parts = world * config.accumulate * (2 if config.shortcut else 1)
+    if config.batch % parts:
+        raise ValueError(f"--batch {config.batch} does not split evenly over {world} processes of --accumulate "
+                         f"{config.accumulate} parts (with --shortcut in two halves): take a multiple of {parts}")
     device = model.pick_device(config.device)
     if rank > 0:  # only the first process prints
         data.silence()
@@ -678,15 +694,34 @@ def load_dataset(config, checkpoint, rank):
     return dataset
 
 
-def wrap(net, config, world, device):
-    """The network as training calls it: for several processes, compiled, both, or as it is. (Averages need no exchange:
-    they are the same in all processes.)"""
+def make_step(config, net, ema, optimizers, world):
+    """`train_step` as a function of the step and the batch: with the network for several processes, compiled, or as it
+    is. (Averages need no exchange: they are the same in all processes.)"""
     if world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net)
+        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
         net.broadcast_buffers = False  # they are constants; as an argument it warns, from torch 2.13 on
-    if config.compile or (config.compile is None and device.type == "cuda"):
-        net = torch.compile(net)
-    return net
+    plain = functools.partial(train_step, config, net=net, ema=ema, optimizers=optimizers)
+    if not config.compile:
+        return plain
+    if world == 1:
+        return data.with_fallback(functools.partial(plain, loss=torch.compile(batch_loss)), plain)
+    # What exchanges gradients cannot be compiled into one piece with the loss.
+    return data.with_fallback(functools.partial(plain, net=torch.compile(net), ema=torch.compile(ema)), plain)
+
+
+COMPILE_FLOP = 3e13  # of a run, from where on a CPU wins more than the minute that compiling takes
+
+
+def compiling_pays(config, device):
+    """Does this run, counted from its first step, win by torch.compile? It says so. Measured on CPUs: transformers'
+    steps take two thirds of the time in bfloat16, where little is left but passes over memory; in float32, and for
+    UNets, there is no gain."""
+    flop = config.steps * config.batch * flop_per_sample(network_sizes(config, label_count=0), sample.shape_of(config))
+    large = config.network == "transformer" and flop > COMPILE_FLOP
+    pays = device.type == "cuda" or (large and config.bf16 and model.has_bf16(device))
+    why = "a GPU wins at once" if device.type == "cuda" else "a CPU wins in long runs of a transformer in bfloat16"
+    data.say(f"compile: {'on' if pays else 'off'}, since {'' if pays else 'only '}{why} (--compile, --no-compile)")
+    return pays
 
 
 def stop_signal(received, world):
@@ -701,14 +736,9 @@ def bench(config, dataset, rank, world, device):
     """Times the training step, and compares its arithmetic with a plain matrix product's."""
     images, labels, label_names, _ = dataset
     net, ema, optimizers, sizes = build_networks(config, None, len(label_names), device, world)
-    net, ema = wrap(net, config, world, device), wrap(ema, config, 1, device)
+    one_step = make_step(config, net, ema, optimizers, world)
     last = config.steps - 1  # with shortcuts, if they are learnt
-
-    def one_step():
-        return train_step(config, last, net, ema, optimizers,
-                          draw_batch(config, images, labels, last, rank, world, device))
-
-    step = seconds(one_step, device)
+    step = seconds(lambda: one_step(last, draw_batch(config, images, labels, last, rank, world, device)), device)
     flop = config.batch * flop_per_sample(sizes, sample.shape_of(config))
     data.say(f"{step * 1e3:.1f} ms/step  {config.batch / step:,.1f} samples/s  {flop / step / 1e9:,.0f} GFLOP/s")
     n = 8192 if device.type == "cuda" else 2048
