@@ -940,7 +940,8 @@ def with_fallback(fast, slow):
         except Exception as error:
             if calls > 1:
                 raise
-            say(f"torch.compile failed, so this runs without it: {str(error).strip().partition(chr(10))[0]:.150}")
+            reason = str(error).strip().partition("\n")[0]
+            say(f"torch.compile failed, so this runs without it: {reason:.150}")
             fast = slow
             return slow(*args)
 

@@ -73,12 +73,13 @@ def mix(x, e, t, path=linear):
 
 def squared_error(prediction, x, e, t, predict, target, path):
     """The squared error of the network's prediction, on `target`: the mean over each sample's numbers, (B,)."""
-    truth = {"x": x, "e": e}.get(predict)
     if predict == "v":
         _, _, d_alpha, d_sigma = path(per_sample(t, x))
         truth = d_alpha * x + d_sigma * e
-    # Truth and prediction could each be converted to `target` and then subtracted. But z would cancel, and only a
-    # factor in front of their difference would stay: so that is all there is.
+    else:
+        truth = x if predict == "x" else e
+    # Truth and prediction could each be converted to `target` and then subtracted. But z would cancel, and what stays
+    # is their difference times a factor, one number a sample: so the factor is applied last, to the mean.
     weight, _ = factors(predict, target, t, path, CLAMP)
     return weight.square() * (prediction - truth).square().flatten(1).mean(1)
 

@@ -660,7 +660,7 @@ def test_a_class_is_the_folder_that_its_pictures_lie_in(names, classes, label_na
 
 
 @parametrize("names,words", [("all/a.bmp b/c.bmp", "'all'"), ("a,b/a.bmp b/c.bmp", "'a,b'"),
-                                      ("b/c.bmp \xa0/a.bmp", "'\xa0'")])
+                             ("b/c.bmp \xa0/a.bmp", "'\xa0'")])
 def test_a_class_that_no_flag_could_name_is_refused(names, words):
     with pytest.raises(ValueError, match=words):
         data.load(make_dataset({name: picture() for name in names.split(" ")}, False), res=8, cond="all")
@@ -1007,8 +1007,10 @@ def test_output_that_cannot_be_shown_stops_nothing(full, pets_run, monkeypatch):
 def test_a_log_or_preview_that_cannot_be_written_stops_no_run_nor_does_a_thread_without_signals(blocked, capsys):
     train_moons("--steps 4")
     os.rename(f"out/moons/{blocked}", "away")
-    Path("in the way").mkdir() if blocked == "log.csv" else Path("in the way").touch()
-    os.rename("in the way", f"out/moons/{blocked}")
+    if blocked == "log.csv":
+        os.mkdir("out/moons/log.csv")
+    else:
+        write("out/moons", {"samples": b"no folder"})
     thread = threading.Thread(target=train_moons, args=["--steps 8 --resume"])
     thread.start()
     thread.join()
@@ -1089,7 +1091,7 @@ def refuses(capsys, words, run, *args, status=2):
 
 
 def batch_of(config, step=0, rank=0, world=1):
-    images, labels, _, _ = data.load(config.data, res=config.res, cond="all" * (config.data not in data.POINTS))
+    images, labels, _, _ = data.load(config.data, res=config.res, cond="" if config.data in data.POINTS else "all")
     return train.draw_batch(config, images, labels, step, rank, world, CPU)
 
 
@@ -1349,13 +1351,14 @@ def test_in_bf16_matrices_are_multiplied_in_it_in_network_and_muon_and_the_loss_
 @needs_unix
 @parametrize("number", [signal.SIGTERM, getattr(signal, "SIGHUP", None)], ids=["SIGTERM", "SIGHUP"])
 def test_a_signal_finishes_the_step_saves_and_resume_goes_on_to_the_same_end(number, monkeypatch, capsys):
-    report = train.report
+    report, before = train.report, signal.getsignal(number)
     whole = train_moons("--steps 20 --out whole")
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match=str(128 + number)):
         patch.setattr(train, "report", lambda *args: signal.raise_signal(number) or report(*args))
         train_moons("--steps 20 --out killed")
     assert state("killed")["step"] == 4 and "--resume" in capsys.readouterr().out
     assert equal(train_moons("--steps 20 --out killed --resume").state_dict(), whole.state_dict())
+    assert signal.getsignal(number) == before
 
 
 def test_a_longer_run_goes_on_from_before_the_cool_down_and_keeps_the_end_of_the_shorter_one():
@@ -1643,6 +1646,8 @@ def test_several_processes_write_the_files_that_one_does(pets_run, monkeypatch, 
         sampled(pets_run, "--n 7 --batch 4", to="three")
         assert len(os.listdir("three")) == (4 if rank == "0" else 7)
     assert capsys.readouterr().out.count("samples/s") == 1
+    monkeypatch.setenv("RANK", "1")
+    refuses(capsys, "three/ 00004.png", sampled, pets_run, "--n 7 --batch 4", "three")  # these are of another time
     one, three = ({file.name: file.read_bytes() for file in Path(name).iterdir()} for name in ("one", "three"))
     assert one == three
 

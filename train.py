@@ -139,11 +139,10 @@ def train_step(config, step, batch, net, ema, optimizers, loss=batch_loss):
 
     With --accumulate k, each k-th sample is a part: the gradients of the parts add up to the whole batch's.
     """
-    k = config.accumulate
-    total = 0
+    *tensors, shortcuts = batch
+    k, total = config.accumulate, 0
     net.zero_grad()
     for part in range(k):
-        *tensors, shortcuts = batch
         mine = [tensor if tensor is None else tensor[part::k] for tensor in tensors]
         mine.append(shortcuts and [tensor[part::k] for tensor in shortcuts])
         net.require_backward_grad_sync = part == k - 1  # several processes exchange the sum of the gradients only
@@ -457,9 +456,10 @@ def main(argv=None):
     given, resuming, bench_only = parse_flags(argv)
     with data.refusing():
         out = Path(given.get("out") or resolve(given).out)
-    alone = model.processes()[0] == 0 and not bench_only
+    writes = model.processes()[0] == 0 and not bench_only
     signals = []
-    with data.lock(out) if alone else contextlib.nullcontext():
+    # First of all the lock: otherwise another run could end between a look into the folder and the first save.
+    with data.lock(out) if writes else contextlib.nullcontext():
         with data.refusing():
             checkpoint, config = resume(given, out) if resuming else (None, resolve(given))
             for name in ("ckpt.pt", "stable.pt", "log.csv", "loss.png", "samples"):
@@ -714,8 +714,8 @@ COMPILE_FLOP = 3e13  # of a run, from where on a CPU wins more than the minute t
 
 def compiling_pays(config, device):
     """Does this run, counted from its first step, win by torch.compile? It says so. Measured on CPUs: transformers'
-    steps take two thirds of the time in bfloat16, where little is left but passes over memory; in float32, and for
-    UNets, there is no gain."""
+    steps take about two thirds of the time in bfloat16, where little is left but passes over memory; in float32 and
+    for UNets nine tenths, which does not pay."""
     flop = config.steps * config.batch * flop_per_sample(network_sizes(config, label_count=0), sample.shape_of(config))
     large = config.network == "transformer" and flop > COMPILE_FLOP
     pays = device.type == "cuda" or (large and config.bf16 and model.has_bf16(device))
