@@ -1494,11 +1494,13 @@ def test_compiling_is_chosen_where_it_was_measured_to_pay(flags, cuda, bf16, pay
 
 @parametrize("flags", ["--cond all --jitter 0.1", "--shortcut --cooldown 1"])
 def test_a_batch_in_parts_teaches_the_same(flags):
-    """Up to the order of sums."""
-    flags += " --steps 1 --optimizer adamw --lr 1e-4 --out"
-    at_once, in_parts = train_faces(f"{flags} once"), train_faces(f"{flags} parts --accumulate 4")
-    assert_close(dict(in_parts.named_parameters()), dict(at_once.named_parameters()), atol=1e-6, rtol=0)
-    assert state("parts")["log"][0]["loss"] == approx(state("once")["log"][0]["loss"])
+    """Up to the order of sums. AdamW forgets the size of gradients, but its averages of them do not."""
+    flags += " --steps 1 --optimizer adamw --clip 1e9 --out"
+    train_faces(f"{flags} once")
+    train_faces(f"{flags} parts --accumulate 4")
+    once, parts = state("once"), state("parts")
+    assert_close(parts["optimizers"][0]["state"], once["optimizers"][0]["state"], atol=1e-6, rtol=1e-4)
+    assert parts["log"][0]["loss"] == approx(once["log"][0]["loss"])
 
 
 def test_bench_counts_the_arithmetic_and_divides_it_by_the_time(monkeypatch, capsys):
