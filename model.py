@@ -166,14 +166,14 @@ def rope_table(side, dim):
     angle = angles(side, dim, base=100.0).flatten(1)  # (N, d/2): d/4 for the row, then d/4 for the column
     cos = torch.cat([angle.cos(), angle.cos()], dim=1)  # (N, d)
     sin = torch.cat([-angle.sin(), angle.sin()], dim=1)  # (N, d)
-    return cos[:, None], sin[:, None]  # (N, 1, d) each
+    return cos[:, None, None], sin[:, None, None]  # (N, 1, 1, d) each: for q and k, and for all heads
 
 
 def rope(q, cos, sin):
     """Rotates each pair (q_i, q_{i + d/2}) by its token's angle. Then q . k depends only on where one token lies
     relative to the other."""
     partner = q.roll(q.shape[-1] // 2, dims=-1)  # swaps the two halves
-    return q * cos + partner * sin  # (B, N, H, d); sin is negative in the first half, as in a rotation matrix
+    return q * cos + partner * sin  # (..., d); sin is negative in the first half, as in a rotation matrix
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -256,14 +256,14 @@ class Attention(nn.Module):
         self.sin = nn.Buffer(sin, persistent=False)
 
     def forward(self, h):
-        q = self.q(h).unflatten(2, (self.heads, -1))  # (B, N, D) -> (B, N, H, d)
-        k = self.k(h).unflatten(2, (self.heads, -1))  # (B, N, H, d)
-        v = self.v(h).unflatten(2, (self.heads, -1))  # (B, N, H, d)
+        # One product for all three, and one pass for q and k together, where they are treated alike.
+        weight = torch.cat([self.q.weight, self.k.weight, self.v.weight])  # (3D, D)
+        qkv = F.linear(h, weight).unflatten(2, (3, self.heads, -1))  # (B, N, D) -> (B, N, 3, H, d)
+        qk, v = qkv[:, :, :2], qkv[:, :, 2]  # (B, N, 2, H, d), (B, N, H, d)
         # QK-norm: q and k have length sqrt(d), so the scores stay within +-sqrt(d) however large the weights grow
         # (Henry et al. 2020, arXiv 2010.04245).
-        cos, sin = self.cos.to(q.dtype), self.sin.to(q.dtype)  # (N, 1, d) each
-        q = rope(q * inverse_rms(q), cos, sin)
-        k = rope(k * inverse_rms(k), cos, sin)
+        cos, sin = self.cos.to(qk.dtype), self.sin.to(qk.dtype)  # (N, 1, 1, d) each
+        q, k = rope(qk * inverse_rms(qk), cos, sin).unbind(2)  # (B, N, H, d) each
         mixed = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, N, d)
         return self.out(mixed.transpose(1, 2).flatten(2))  # (B, N, D)
 

@@ -441,7 +441,8 @@ def test_attention_compares_directions_turned_by_how_far_apart_two_tokens_lie():
     row and two with the column, by frequencies of 1 and 1/10. A turn by an angle multiplies a pair's product by the
     angle's cosine."""
     attention, h = model.Attention(3, 8, 1, "hand"), torch.randn(8)
-    attention.q = attention.k = attention.out = torch.nn.Identity()
+    attention.q.weight.data = attention.k.weight.data = torch.eye(8)
+    attention.out = torch.nn.Identity()
     attention.attend = lambda q, k, v: q @ k.mT
     down, across = (place - place[:, None] for place in (torch.arange(9) // 3, torch.arange(9) % 3))
     angle = torch.stack([down, down / 10, across, across / 10], dim=2)
