@@ -99,7 +99,7 @@ def find_dataset(name, root, res, channels):
         paths, about = find_official(name, root), OFFICIAL[name]
         files = [stamped(path.name, path) for path in paths]
         return paths[0].parent, files, about["label_names"], about["n"], stream_official(name, paths, res)
-    place = find_celeba(root) if name == "celeba" else Path(name)
+    place = find_celeba(root, res) if name == "celeba" else Path(name)
     files, open_picture = list_pictures(place)
     names = [picture for picture, _, _ in files]
     attributes, beside = place.parent / "list_attr_celeba.txt", []
@@ -221,7 +221,7 @@ def to_tensor(pixels, device):
     x = send(pixels, device)
     if x.dim() == 2:
         return x
-    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return x.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # in memory as torch makes noise, too
 
 
 def to_uint8(x):
@@ -575,14 +575,16 @@ def read_mask(file, res):
     return hole
 
 
-def find_celeba(root):
-    """The first of CelebA's usual forms found under root: the aligned zip, its folder, or a CelebA-HQ folder."""
-    forms = ("img_align_celeba.zip", "img_align_celeba", "celeba_hq_256", "celeba_hq", "CelebA-HQ-img", "celebahq")
-    for folder in (root, root / "celeba", root / "CelebAMask-HQ"):
-        for form in forms:
+def find_celeba(root, res):
+    """The first of CelebA's usual forms found under root: the aligned zip, its folder, or a CelebA-HQ folder. That
+    comes first where the aligned pictures, which are 178 wide, would have to be enlarged."""
+    aligned = "img_align_celeba.zip", "img_align_celeba"
+    hq = "celeba_hq_256", "celeba_hq", "CelebA-HQ-img", "celebahq"
+    for form in aligned + hq if res <= 178 else hq + aligned:
+        for folder in (root, root / "celeba", root / "CelebAMask-HQ"):
             if (folder / form).exists():
                 return folder / form
-    raise ValueError(f"CelebA is not there: looked in {root}/ for {', '.join(forms[:3])} and the like. Get {forms[0]} "
+    raise ValueError(f"CelebA is not there: looked in {root}/ for {aligned[0]}, {hq[0]} and the like. Get {aligned[0]} "
                      f"(1.3 GB) from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, put it into {root}/ as it is, "
                      f"and run this again (or name the folder it lies in: --root DIR)")
 

@@ -409,7 +409,7 @@ def log_likelihood(v, x, ts, probe=None):
     """
     d = x[0].numel()
     if probe is None:
-        unit_vectors = torch.eye(d).to(x).view(d, 1, *x.shape[1:])
+        unit_vectors = torch.eye(d, dtype=x.dtype, device=x.device).view(d, 1, *x.shape[1:])
         probes = [vector.expand_as(x) for vector in unit_vectors]
     else:
         probes = [probe]
@@ -456,7 +456,7 @@ def bits_per_dimension(v, x, e, probe, t_end, steps, path=linear):
 
     us = np.linspace(math.log(1 - t_end), 0, steps + 1).tolist()
     log_density, nfe = log_likelihood(v_u, z, us, probe)
-    grey_levels = alpha * (torch.arange(256).to(x) / 127.5 - 1)  # as in data.to_tensor
+    grey_levels = alpha * (torch.arange(256, dtype=x.dtype, device=x.device) / 127.5 - 1)  # as in data.to_tensor
     log_levels = []
     for picture, noisy in zip(x, z):  # one by one, for there are 256 numbers for each number of a picture
         fit = (-(noisy[..., None] - grey_levels).square() / (2 * sigma**2)).log_softmax(dim=-1)

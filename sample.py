@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,9 +93,8 @@ def draw_samples(net, config, args, n, y, picture, hole, device):
     start = 1 - args.strength if args.source else 0.0
     if args.interpolate:
         on_the_way = between(noise(range(n // args.interpolate), shape_of(config), args.seed), args.interpolate)
-    seconds, nfe = 0.0, 0
+    began, nfe = time.perf_counter(), 0
     for indices in shares:
-        began = time.perf_counter()
         if args.interpolate:
             z = on_the_way[indices].to(device)
         else:
@@ -108,14 +108,13 @@ def draw_samples(net, config, args, n, y, picture, hole, device):
         states = [z] if args.to.suffix == ".gif" else None
         x, evaluations = generate(net, config, z, args.steps, args.solver, None if y is None else y[indices],
                                   args.guidance, args.interval, args.shift, start, inpaint, states)
-        x = x.cpu()  # waits for a GPU, so that the time is right
-        seconds += time.perf_counter() - began
         nfe = max(nfe, evaluations)  # dopri5's count differs from batch to batch
-        yield indices.tolist(), x, states and [state.cpu() for state in states]
+        yield indices.tolist(), x.cpu(), states and [state.cpu() for state in states]
         report(len(x))
     how = "dopri5" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
     if shares:  # the first process has the largest share
-        data.say(f"{n} samples, {how}, NFE {nfe}, {n / seconds:.1f} samples/s")
+        rate = n / (time.perf_counter() - began)  # with what was done between the batches, such as writing
+        data.say(f"{n} samples, {how}, NFE {nfe}, {rate:.1f} samples/s")
 
 
 def share(n, batch):
@@ -127,11 +126,17 @@ def share(n, batch):
 def write(batches, n, config, to, columns=None):
     """Writes n samples to the file or folder `to`, in the format that its ending says. batches: as of `draw_samples`.
     Folders and .npy files are written batch by batch, so their size is not bounded by the memory."""
+    def write_picture(i, pixels):
+        with data.whole(to / picture_name(i)) as file:
+            Image.fromarray(pixels.squeeze()).save(file)
+
     if not to.suffix:
-        for indices, x, _ in batches:
-            for i, pixels in zip(indices, data.to_uint8(x)):
-                with data.whole(to / picture_name(i)) as file:
-                    Image.fromarray(pixels.squeeze()).save(file)
+        with ThreadPoolExecutor() as threads:  # they write while the network draws the next batch
+            written = []
+            for indices, x, _ in batches:
+                list(written)  # waits, so that no more than two batches are in memory; and raises what failed
+                written = threads.map(write_picture, indices, data.to_uint8(x))
+            list(written)
     elif to.suffix == ".npy":
         with data.whole(to) as file:
             header = dict(descr="<f4", fortran_order=False, shape=(n, *shape_of(config)))

@@ -4,6 +4,7 @@ Each test holds a promise against something that does not share its code: a clos
 distributions, torch's own layers, a second process. No network and no GPU are needed.
 """
 
+import contextlib
 import csv
 import functools
 import gzip
@@ -36,6 +37,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from pytest import approx
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import fm
@@ -687,6 +690,13 @@ def test_links_are_followed_but_not_in_circles(capsys):
     assert "left out: pets/cat/circle, a folder that was seen" in said and "left out: pets/gone.bmp, a link" in said
 
 
+def test_celeba_hq_is_preferred_where_the_aligned_pictures_would_be_enlarged():
+    for place in ("img_align_celeba", "CelebAMask-HQ/CelebA-HQ-img"):
+        make_pictures(Path("data", place), 1)
+    found = [data.find_celeba(Path("data"), res).name for res in (64, 256)]
+    assert found == ["img_align_celeba", "CelebA-HQ-img"]
+
+
 @parametrize("place", ["img_align_celeba.zip", "celeba/img_align_celeba", "celeba_hq_256"])
 def test_celeba_is_found_in_its_usual_shapes_with_its_attributes(place, capsys):
     place, contents = Path("data", place), []
@@ -1113,6 +1123,7 @@ def test_pictures_are_mirrored_and_labels_hidden_one_by_one_and_ot_moves_only_th
     assert 2 < hidden.sum() < 20
     assert_array_equal(y[~hidden], labels[(same | mirrored).argmax(0)][~hidden])
     assert equal((paired[0], paired[3]), (x, y)) and not torch.equal(paired[1], e)
+    assert x.stride() == e.stride()  # or each pass over both would jump about in one of them
 
 
 def test_shortcuts_take_half_of_a_batch_once_the_cool_down_begins_and_leave_the_rest_of_it_as_it_was():
@@ -1429,13 +1440,20 @@ def test_resume_refuses_other_data_and_takes_the_same_by_another_path_and_so_doe
 
 
 @needs_unix
-def test_two_processes_learn_what_one_does_with_the_same_batch(monkeypatch):
+@parametrize("backend", ["", "aot_eager"])
+def test_two_processes_learn_what_one_does_with_the_same_batch(backend, monkeypatch):
     """Rank r draws noise from (seed, step, r), so the one process is given both ranks' draws. What remains is the order
     in which float32 gradients are summed; AdamW divides by their size, so where that is tiny the rounding shows."""
     make_pictures(Path("pets"), 30)
     flags = "--data pets --res 16 --steps 20 --shortcut --cooldown 1 --optimizer adamw --no-bf16".split()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py"]
-    done = subprocess.run([*launch, *TINY, *flags, "--out", "two"], capture_output=True, text=True)
+    program = f"""import functools, sys; sys.path.append({str(HERE)!r})
+import data, torch, train
+torch.compile = functools.partial(torch.compile, backend="{backend}")
+data.run(train.main)"""
+    write(".", {"program.py": program.encode()})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "program.py"]
+    compiled = "--compile" if backend else "--no-compile"
+    done = subprocess.run([*launch, *TINY, *flags, "--out", "two", compiled], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 x cpu") == 1 and "Warning" not in done.stderr  # only the first one prints
     draw_batch = train.draw_batch
@@ -1448,6 +1466,81 @@ def test_two_processes_learn_what_one_does_with_the_same_batch(monkeypatch):
     monkeypatch.setattr(train, "draw_batch", draw_both_shares)
     train.main([*TINY, *flags, "--out", "one"])
     assert_close(state("one")["weights"], state("two")["weights"], atol=1e-5, rtol=0)
+
+
+META = torch.device("meta")  # torch's device without numbers, which stands for a GPU here
+
+
+class OnlyThere(TorchDispatchMode):
+    """Refuses what is computed on the CPU, single numbers aside. (An index made there would pass on a GPU, slowly.)"""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for part in tree_leaves((args, kwargs, result)):
+            assert not torch.is_tensor(part) or part.device == META or part.dim() == 0, f"{function} on the CPU"
+        return result
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What would wait for a GPU, such as .item(), raises on META. Of what META lacks, stand-ins."""
+    seedless = dict(__init__=lambda self, device: None, manual_seed=lambda self, seed: None)
+    monkeypatch.setattr(torch, "Generator", type("Generator", (), seedless))
+    monkeypatch.setattr(model, "autocast", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(data, "send", lambda array, device: torch.zeros(
+        array.shape, dtype=getattr(torch, str(array.dtype)), device=device))
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda weights, betas, fused: adamw(weights, betas=betas))
+    return OnlyThere()
+
+
+def a_run(flags, device):
+    """config, (images, labels), networks and optimizers"""
+    config = train.resolve(train.parse_flags(["--res", "16", *TINY, *flags.split()])[0])
+    images, labels, names, _ = data.load(config.data, res=16, cond=config.cond)
+    return config, (images, labels), train.build_networks(config, None, len(names), device, 1)[:3]
+
+
+STEPS = ["", "--cond all --accumulate 2 --predict v", "--shortcut --jitter 0.1 --norm derf", "--data moons --network mlp",
+         "--network unet --optimizer adamw --cond all --shortcut --attention fused"]
+
+
+@parametrize("flags", STEPS)
+def test_a_step_neither_waits_for_a_gpu_nor_computes_elsewhere_but_for_pairs(flags, gpu):
+    """Pairs by optimal transport are found on the CPU."""
+    config, arrays, (net, ema, optimizers) = a_run(flags, META)
+    with gpu:
+        batch = train.draw_batch(config, *arrays, config.steps - 1, 0, 1, META)
+        train.train_step(config, config.steps - 1, batch, net, ema, optimizers)
+
+
+@parametrize("solver", sorted({*fm.SOLVERS} - {"dopri5"}))
+def test_sampling_and_bits_neither_wait_for_a_gpu_nor_compute_elsewhere_but_for_dopri5(solver, gpu):
+    net, config = small("transformer", labels=2, shortcut=True).to(META), train.Config()
+    z, y = torch.empty(2, 3, 16, 16, device=META), torch.zeros(2, dtype=torch.int64, device=META)
+    with gpu:
+        sample.generate(net, config, z, 4, solver, y, guidance=2.0)
+        sample.generate(net, config, z, 4, solver, y, inpaint=(z, z > 0, lambda: torch.randn_like(z)))
+        fm.bits_per_dimension(fm.velocity(net), z, z, z, 0.9, 2)
+
+
+@parametrize("flags", STEPS)
+def test_a_network_is_compiled_in_one_piece_and_once(flags):
+    torch._dynamo.reset()
+    config, arrays, (net, ema, optimizers) = a_run(flags, CPU)
+    net = torch.compile(net, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in (0, 1, config.steps - 1):
+            batch = train.draw_batch(config, *arrays, step, 0, 1, CPU)
+            train.train_step(config, step, batch, net, ema, optimizers)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+def test_a_compiled_network_computes_the_same(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    net, z, t = small("transformer", stride=3), torch.randn(2, 3, 16, 16), torch.rand(2)
+    assert_close(torch.compile(net)(z, t), net(z, t), atol=1e-5, rtol=1e-4)
 
 
 def test_each_process_gets_a_gpu_of_its_own(monkeypatch):
