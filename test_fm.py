@@ -1209,7 +1209,7 @@ def test_every_flag_changes_the_training(flag):
 def test_a_run_leaves_checkpoints_log_curve_and_previews_and_rates_leave_out_the_first_step(monkeypatch, capsys):
     """By a clock for which the first step takes 100 seconds, as when torch compiles, and each other one two."""
     seconds = []
-    monkeypatch.setattr(train, "stop_signal", lambda *_: seconds.append(2 if seconds else 100))  # called in each step
+    monkeypatch.setattr(train, "agree", lambda *_: (seconds.append(2 if seconds else 100), 0.0))  # called in each step
     monkeypatch.setattr(train, "time", Namespace(perf_counter=lambda: sum(seconds)))
     train_faces("--cache packs --steps 8 --report 5 --preview 4")
     assert "4 samples/s  ETA 0:00:10\n" in capsys.readouterr().out
@@ -1382,6 +1382,25 @@ def test_a_longer_run_goes_on_from_before_the_cool_down_and_keeps_the_end_of_the
     assert Path("run/ckpt-10.pt").read_bytes() == finished
     file.write_bytes(finished)  # as after a kill when only a new stable.pt had been written
     assert equal(train_moons("--steps 40 --out run --resume").state_dict(), once.state_dict())
+
+
+def test_a_run_by_hours_is_one_of_so_many_steps_in_time_and_more_hours_make_it_longer(capsys, monkeypatch):
+    """By clocks that move by a tenth of an hour in each step."""
+
+    def trained_by(clock, flags):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "agree", lambda *_: (0, next(clock)))
+            return train_moons(f"--hours 1 {flags}").state_dict()
+
+    whole = trained_by(itertools.count(360, 360), "--out run")
+    assert "step      3  loss" in capsys.readouterr().out
+    assert equal(whole, train_moons("--steps 11 --out counted").state_dict())  # it cools down from 7 on
+    longer = trained_by(itertools.count(8 * 360, 360), "--out run --resume")  # from 7 on, for an hour: 1.7 in all
+    assert equal(longer, train_moons("--steps 17 --out counted --resume").state_dict())
+    assert Path("run/ckpt-11.pt").exists()
+    trained_by(iter([*range(360, 2521, 360), 3500, 4500]), "--out slow")  # the machine becomes slow while it cools down
+    assert state("slow")["step"] == 9
+    refuses(capsys, "--hours --cooldown 1", train_moons, "--hours 1 --cooldown 1")
 
 
 def test_a_run_is_not_overwritten_and_goes_on_as_it_was_begun_or_not_at_all(capsys):
@@ -1616,6 +1635,7 @@ def test_bench_counts_the_arithmetic_and_divides_it_by_the_time(monkeypatch, cap
     ("--stpes 5", "--stpes"),
     ("--t-mean nan", "--t-mean between -10 10"),
     ("--predict xe", "--predict"),
+    ("--hours 1", "--steps --hours leave one out"),
     ("--device tpu", "--device tpu cpu"),
     ("--data ''", "--data"),
     ("--data .", "out/ inside --data another place --out"),

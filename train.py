@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import os
 import re
@@ -72,6 +73,7 @@ class Config:
     # optimisation
     optimizer: str = "muon"  # muon (for the matrices in the transformer's blocks; AdamW for the rest) or adamw
     steps: int = 1000  # gradient steps
+    hours: float = 0.0  # instead of --steps: train for this long, in whose last part, --cooldown, the rate falls
     batch: int = 32  # samples a step, over all processes together
     accumulate: int = 1  # parts of the batch that pass the network one after another, where memory is short
     lr: float = 3e-3  # peak learning rate
@@ -183,24 +185,32 @@ def train(config, checkpoint, dataset, rank, world, device, signals=()):
     first, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
     about = dict(config=vars(config), net=sizes, label_names=label_names, multi_hot=labels.ndim == 2, content=content,
                  log=log)  # is in every checkpoint, with all rows of the log so far
+    about["seconds"] = before = checkpoint["seconds"] if checkpoint else 0.0  # spent in training so far
     total, reported, timed = torch.zeros((), device=device), first, first
     began = clock = time.perf_counter()
 
-    for step in range(first, config.steps):
+    for step in itertools.count(first):
+        if config.steps == ENDLESS and about["seconds"] > (1 - config.cooldown) * config.hours * 3600:
+            config.steps = step + 1
+            while cooldown_start(config) < step:  # the run in which it starts now
+                config.steps += 1
+            data.say(f"from here on the learning rate falls; {config.steps:,} steps in all")
         if rank == 0 and step == cooldown_start(config):
             for name in ("stable.pt", "ckpt.pt"):
                 save(out / name, about, step, net, ema, optimizers)
         batch = draw_batch(config, images, labels, step, rank, world, device)
         total += one_step(step, batch)
         done = step + 1
-        stop = stop_signal(signals, world)
+        stop, about["seconds"] = agree(signals, before + time.perf_counter() - began, world)
+        if config.hours and about["seconds"] > 1.1 * config.hours * 3600:  # the machine has become slower since
+            config.steps = done
         # Asked to stop, it saves at once, without the slower held-out loss and preview.
         milestone = done == config.steps or (done % config.preview == 0 and not stop)
         if milestone or stop or done % config.report == 0 or done == first + 3:  # a first ETA
             # .item() makes the CPU wait for the device, so it is called rarely.
             loss = total.item() / (done - reported)  # of this process's share of the batch
             rate = (done - timed) * config.batch / (time.perf_counter() - clock)
-            log.append(report(config, step, loss, rate))
+            log.append(report(config, step, loss, rate, about["seconds"]))
             if milestone:  # all processes compute it: the others would only wait
                 log[-1].update(held_out(ema, config, images, labels, device))
                 data.say(f"held-out loss {log[-1]['held_out']:.4f}")
@@ -221,7 +231,7 @@ def train(config, checkpoint, dataset, rank, world, device, signals=()):
         elif step == first:  # in which torch may compile; the rates that follow do not count it
             total.item()
             timed, clock = done, time.perf_counter()
-        if stop:
+        if stop or done == config.steps:
             break
 
     if world > 1:
@@ -334,6 +344,9 @@ def block_matrices(net):
     return names
 
 
+ENDLESS = 10**9  # --steps of a run by --hours, until its learning rate begins to fall
+
+
 def cooldown_start(config):
     return config.steps - int(config.cooldown * config.steps)
 
@@ -351,11 +364,12 @@ def learning_rate(config, step):
 PREVIEW_PICTURES, PREVIEW_STEPS, HELD_OUT_PICTURES = 16, 20, 200
 
 
-def report(config, step, loss, rate):
-    """Prints a line of progress, and returns it as a row of the log. rate: samples per second."""
-    done = step + 1
-    left = timedelta(seconds=round((config.steps - done) * config.batch / rate))
-    data.say(f"step {done:>6,}/{config.steps:,}  loss {loss:.4f}  {rate:,.0f} samples/s  ETA {left}")
+def report(config, step, loss, rate, seconds):
+    """Prints a line of progress, and returns it as a row of the log. rate: samples per second. seconds: spent so far."""
+    done, steps, left = step + 1, f"/{config.steps:,}", (config.steps - step - 1) * config.batch / rate
+    if config.steps == ENDLESS:
+        steps, left = "", config.hours * 3600 - seconds
+    data.say(f"step {done:>6,}{steps}  loss {loss:.4f}  {rate:,.0f} samples/s  ETA {timedelta(seconds=round(left))}")
     return {"step": done, "loss": loss, "lr": learning_rate(config, step), "samples_s": rate}
 
 
@@ -526,6 +540,8 @@ def resolve(given):
     if given.get("shortcut"):
         # There is more to learn, and shortcuts are learnt while the rate falls.
         fields.update(steps=2 * fields.get("steps", Config.steps), cooldown=0.6)
+    if given.get("hours"):
+        fields["steps"] = ENDLESS
     return Config(**{**fields, **given, "preset": size})
 
 
@@ -582,6 +598,8 @@ def parse_flags(argv):
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--bench", action="store_true", help="time the training step instead of training")
     given = vars(parser.parse_args(argv))
+    if "hours" in given and "steps" in given:
+        parser.error("--steps and --hours both say how long: leave one out")
     return given, given.pop("resume", False), given.pop("bench", False)
 
 
@@ -596,6 +614,9 @@ def check(config):
     if (config.network == "mlp") != (config.data in data.POINTS):
         raise ValueError(f"--network {config.network} --data {config.data}: mlp is for points, transformer and unet "
                          f"are for pictures")
+    if config.hours and config.cooldown == 1:
+        raise ValueError("--hours with --cooldown 1: the rate cannot fall all the time when it is not known how many "
+                         "steps there will be: take less, such as 0.6")
     if config.shortcut and cooldown_start(config) == config.steps:
         raise ValueError("--shortcut: shortcuts are learnt in the cool-down, and there is none: take more --steps, or "
                          "more --cooldown, such as 0.6")
@@ -613,15 +634,16 @@ def check(config):
 
 
 # What may change when a run goes on; all else must stay.
-MAY_CHANGE = "data root cache download steps lr device bf16 compile out report preview".split()
+MAY_CHANGE = "data root cache download steps hours lr device bf16 compile out report preview".split()
 
 
 def resume(given, out):
     """(checkpoint, config) to go on with. config: the run's own, but for the given fields that may change.
 
-    It goes on from ckpt.pt; or, if --steps asks for more and the learning rate has begun to fall, from stable.pt, the
+    It goes on from ckpt.pt; or, if --steps or --hours ask for more and the learning rate has begun to fall, from stable.pt, the
     state from just before, and the end of the shorter run stays as ckpt-STEP.pt. So a run of k steps, extended to n,
     gives what n steps at once give, to the bit on the same machine. (Flags such as --lr simply act from there on.)
+    --hours are added to those that were spent.
     """
     _, checkpoint = model.load(out)
     was, done = vars(checkpoint["config"]), checkpoint["step"]
@@ -633,8 +655,12 @@ def resume(given, out):
         if field not in MAY_CHANGE and value != was[field]:
             raise ValueError(f"{flag(field)}: {out} was trained with {was[field]}, not {value}; leave the flag out "
                              f"(with --out {out}), or start anew: --out DIR")
+    if given.get("hours"):
+        given["steps"] = ENDLESS
+    elif "steps" in given:
+        given["hours"] = 0.0
     config = Config(**{**was, **given, "out": str(out)})
-    if done >= config.steps or config.steps < was["steps"]:
+    if done >= config.steps or config.steps < was["steps"] != ENDLESS:
         raise ValueError(f"--steps {config.steps}: {out} is at step {done} of {was['steps']}; to train longer ask for "
                          f"more, such as --steps {2 * was['steps']}")
     if config.steps > was["steps"] and done > cooldown_start(checkpoint["config"]):
@@ -643,6 +669,8 @@ def resume(given, out):
                              f"(ckpt.pt is still good to sample from)")
         _, checkpoint = model.load(out / "stable.pt")
         checkpoint["keep_end_as"] = f"ckpt-{done}.pt"
+    if given.get("hours"):
+        config.hours += checkpoint["seconds"] / 3600
     return checkpoint, config
 
 
@@ -701,7 +729,8 @@ def load_dataset(config, checkpoint, rank):
             meet()
     n = len(dataset[0])
     seen = config.steps * config.batch / len(data.split(n)[0])
-    data.say(f"{n:,} samples; each that is not held out is seen {seen:.1f} times in all")
+    times = "as often as the time allows" if config.steps == ENDLESS else f"{seen:.1f} times in all"
+    data.say(f"{n:,} samples; each that is not held out is seen {times}")
     if n < 500:
         data.say("so few will be learnt by heart: expect samples that are nearly copies of them")
     return dataset
@@ -730,19 +759,20 @@ def compiling_pays(config, device):
     steps take about two thirds of the time in bfloat16, where little is left but passes over memory; in float32 and
     for UNets nine tenths, which does not pay."""
     flop = config.steps * config.batch * flop_per_sample(network_sizes(config, label_count=0), sample.shape_of(config))
-    large = config.network == "transformer" and flop > COMPILE_FLOP
+    large = config.network == "transformer" and (config.hours > 0.1 if config.hours else flop > COMPILE_FLOP)
     pays = device.type == "cuda" or (large and config.bf16 and model.has_bf16(device))
     why = "a GPU wins at once" if device.type == "cuda" else "a CPU wins in long runs of a transformer in bfloat16"
     data.say(f"compile: {'on' if pays else 'off'}, since {'' if pays else 'only '}{why} (--compile, --no-compile)")
     return pays
 
 
-def stop_signal(received, world):
-    """The number of the signal that asked a process to stop, or 0; the same in all, so that all stop together."""
-    number = torch.tensor(max(received, default=0))
+def agree(received, seconds, world):
+    """(the number of the signal that asked a process to stop, or 0; the seconds of the slowest): the same in all
+    processes, so that all stop together."""
+    both = torch.tensor([max(received, default=0), seconds], dtype=torch.float64)
     if world > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)  # between CPUs
-    return int(number)
+        dist.all_reduce(both, dist.ReduceOp.MAX)  # between CPUs
+    return int(both[0]), float(both[1])
 
 
 def bench(config, dataset, rank, world, device):
