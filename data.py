@@ -221,7 +221,7 @@ def to_tensor(pixels, device):
     x = send(pixels, device)
     if x.dim() == 2:
         return x
-    return x.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # in memory as torch makes noise, too
+    return x.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # the same order in memory as the noise
 
 
 def to_uint8(x):
@@ -576,8 +576,8 @@ def read_mask(file, res):
 
 
 def find_celeba(root, res):
-    """The first of CelebA's usual forms found under root: the aligned zip, its folder, or a CelebA-HQ folder. That
-    comes first where the aligned pictures, which are 178 wide, would have to be enlarged."""
+    """The first of CelebA's usual forms found under root: the aligned zip, its folder, or a CelebA-HQ folder. Above 178
+    pixels, the width of the aligned pictures, CelebA-HQ comes first."""
     aligned = "img_align_celeba.zip", "img_align_celeba"
     hq = "celeba_hq_256", "celeba_hq", "CelebA-HQ-img", "celebahq"
     for form in aligned + hq if res <= 178 else hq + aligned:

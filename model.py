@@ -256,7 +256,7 @@ class Attention(nn.Module):
         self.sin = nn.Buffer(sin, persistent=False)
 
     def forward(self, h):
-        # One product for all three, and one pass for q and k together, where they are treated alike.
+        # One product for all three; then q and k are normalised and turned together.
         weight = torch.cat([self.q.weight, self.k.weight, self.v.weight])  # (3D, D)
         qkv = F.linear(h, weight).unflatten(2, (3, self.heads, -1))  # (B, N, D) -> (B, N, 3, H, d)
         qk, v = qkv[:, :, :2], qkv[:, :, 2]  # (B, N, 2, H, d), (B, N, H, d)

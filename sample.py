@@ -113,7 +113,7 @@ def draw_samples(net, config, args, n, y, picture, hole, device):
         report(len(x))
     how = "dopri5" if args.solver == "dopri5" else f"{args.steps} steps of {args.solver}"
     if shares:  # the first process has the largest share
-        rate = n / (time.perf_counter() - began)  # with what was done between the batches, such as writing
+        rate = n / (time.perf_counter() - began)  # with writing, but for the last batch's
         data.say(f"{n} samples, {how}, NFE {nfe}, {rate:.1f} samples/s")
 
 
@@ -126,6 +126,7 @@ def share(n, batch):
 def write(batches, n, config, to, columns=None):
     """Writes n samples to the file or folder `to`, in the format that its ending says. batches: as of `draw_samples`.
     Folders and .npy files are written batch by batch, so their size is not bounded by the memory."""
+
     def write_picture(i, pixels):
         with data.whole(to / picture_name(i)) as file:
             Image.fromarray(pixels.squeeze()).save(file)

@@ -1209,7 +1209,7 @@ def test_every_flag_changes_the_training(flag):
 def test_a_run_leaves_checkpoints_log_curve_and_previews_and_rates_leave_out_the_first_step(monkeypatch, capsys):
     """By a clock for which the first step takes 100 seconds, as when torch compiles, and each other one two."""
     seconds = []
-    monkeypatch.setattr(train, "agree", lambda *_: (seconds.append(2 if seconds else 100), 0.0))  # called in each step
+    monkeypatch.setattr(train, "signal_and_time", lambda *_: (seconds.append(2 if seconds else 100), 0.0))
     monkeypatch.setattr(train, "time", Namespace(perf_counter=lambda: sum(seconds)))
     train_faces("--cache packs --steps 8 --report 5 --preview 4")
     assert "4 samples/s  ETA 0:00:10\n" in capsys.readouterr().out
@@ -1385,11 +1385,11 @@ def test_a_longer_run_goes_on_from_before_the_cool_down_and_keeps_the_end_of_the
 
 
 def test_a_run_by_hours_is_one_of_so_many_steps_in_time_and_more_hours_make_it_longer(capsys, monkeypatch):
-    """By clocks that move by a tenth of an hour in each step."""
+    """By clocks that move by a tenth of an hour in each step, and by more when the machine becomes slow."""
 
     def trained_by(clock, flags):
         with monkeypatch.context() as patch:
-            patch.setattr(train, "agree", lambda *_: (0, next(clock)))
+            patch.setattr(train, "signal_and_time", lambda *_: (0, next(clock)))
             return train_moons(f"--hours 1 {flags}").state_dict()
 
     whole = trained_by(itertools.count(360, 360), "--out run")
@@ -1399,8 +1399,10 @@ def test_a_run_by_hours_is_one_of_so_many_steps_in_time_and_more_hours_make_it_l
     assert equal(longer, train_moons("--steps 17 --out counted --resume").state_dict())
     assert Path("run/ckpt-11.pt").exists()
     trained_by(iter([*range(360, 2521, 360), 3500, 4500]), "--out slow")  # the machine becomes slow while it cools down
-    assert state("slow")["step"] == 9
-    refuses(capsys, "--hours --cooldown 1", train_moons, "--hours 1 --cooldown 1")
+    assert state("slow")["step"] == 9 and state("slow")["log"][-1]["lr"] > 1e-4
+    refuses(capsys, "--hours 0.4 1.1 0.733 0.807", train_moons, "--hours 0.4 --out run --resume")
+    for flags in ("--cooldown 1", "--shortcut"):
+        refuses(capsys, f"--hours {flags}", train_moons, f"--hours 1 {flags} --out refused")
 
 
 def test_a_run_is_not_overwritten_and_goes_on_as_it_was_begun_or_not_at_all(capsys):
@@ -1520,11 +1522,12 @@ def a_run(flags, device):
     return config, (images, labels), train.build_networks(config, None, len(names), device, 1)[:3]
 
 
-STEPS = ["", "--cond all --accumulate 2 --predict v", "--shortcut --jitter 0.1 --norm derf", "--data moons --network mlp",
-         "--network unet --optimizer adamw --cond all --shortcut --attention fused"]
+KINDS_OF_STEP = ["", "--cond all --accumulate 2 --predict v", "--shortcut --jitter 0.1 --norm derf",
+                 "--data moons --network mlp",
+                 "--network unet --optimizer adamw --cond all --shortcut --attention fused"]
 
 
-@parametrize("flags", STEPS)
+@parametrize("flags", KINDS_OF_STEP)
 def test_a_step_neither_waits_for_a_gpu_nor_computes_elsewhere_but_for_pairs(flags, gpu):
     """Pairs by optimal transport are found on the CPU."""
     config, arrays, (net, ema, optimizers) = a_run(flags, META)
@@ -1543,7 +1546,7 @@ def test_sampling_and_bits_neither_wait_for_a_gpu_nor_compute_elsewhere_but_for_
         fm.bits_per_dimension(fm.velocity(net), z, z, z, 0.9, 2)
 
 
-@parametrize("flags", STEPS)
+@parametrize("flags", KINDS_OF_STEP)
 def test_a_network_is_compiled_in_one_piece_and_once(flags):
     torch._dynamo.reset()
     config, arrays, (net, ema, optimizers) = a_run(flags, CPU)

@@ -3,7 +3,7 @@
     python train.py                                                cartoon faces, a few minutes on a laptop's CPU
     python train.py --data moons --ot                              points in the plane, seconds
     python train.py --data celeba --res 256                        the real job, on a GPU
-    torchrun --nproc_per_node=8 train.py --data celeba --res 256   on eight
+    torchrun --nproc_per_node=8 train.py ...                       on eight, see README.md
 
 Config below says what a run does. What it leaves behind is in out/faces-32, out/moons, ...
 """
@@ -73,12 +73,12 @@ class Config:
     # optimisation
     optimizer: str = "muon"  # muon (for the matrices in the transformer's blocks; AdamW for the rest) or adamw
     steps: int = 1000  # gradient steps
-    hours: float = 0.0  # instead of --steps: train for this long, in whose last part, --cooldown, the rate falls
+    hours: float = 0.0  # train for this many hours, instead of --steps; with --resume, for so many more
     batch: int = 32  # samples a step, over all processes together
     accumulate: int = 1  # parts of the batch that pass the network one after another, where memory is short
     lr: float = 3e-3  # peak learning rate
     warmup: int = 30  # steps of linear warm-up
-    cooldown: float = 0.4  # last fraction of the steps, in which the rate falls linearly towards zero
+    cooldown: float = 0.4  # last fraction of the steps or the --hours, in which the rate falls linearly towards zero
     decay: float = 0.0  # weight decay
     clip: float = 1.0  # gradients of a larger norm are scaled down to this one
     ema: float = 0.98  # decay of the averaged weights, the ones to sample from
@@ -191,26 +191,26 @@ def train(config, checkpoint, dataset, rank, world, device, signals=()):
 
     for step in itertools.count(first):
         if config.steps == ENDLESS and about["seconds"] > (1 - config.cooldown) * config.hours * 3600:
-            config.steps = step + 1
-            while cooldown_start(config) < step:  # the run in which it starts now
-                config.steps += 1
-            data.say(f"from here on the learning rate falls; {config.steps:,} steps in all")
+            config.steps = steps_if_cooling_from(step, config)
+            data.say(f"the learning rate falls in the rest of the time; {config.steps:,} steps in all")
         if rank == 0 and step == cooldown_start(config):
             for name in ("stable.pt", "ckpt.pt"):
                 save(out / name, about, step, net, ema, optimizers)
         batch = draw_batch(config, images, labels, step, rank, world, device)
         total += one_step(step, batch)
         done = step + 1
-        stop, about["seconds"] = agree(signals, before + time.perf_counter() - began, world)
-        if config.hours and about["seconds"] > 1.1 * config.hours * 3600:  # the machine has become slower since
-            config.steps = done
+        stop, about["seconds"] = signal_and_time(signals, before + time.perf_counter() - began, world)
+        late = config.hours > 0 and about["seconds"] > 1.1 * config.hours * 3600
         # Asked to stop, it saves at once, without the slower held-out loss and preview.
-        milestone = done == config.steps or (done % config.preview == 0 and not stop)
+        milestone = late or done == config.steps or (done % config.preview == 0 and not stop)
         if milestone or stop or done % config.report == 0 or done == first + 3:  # a first ETA
             # .item() makes the CPU wait for the device, so it is called rarely.
             loss = total.item() / (done - reported)  # of this process's share of the batch
             rate = (done - timed) * config.batch / (time.perf_counter() - clock)
             log.append(report(config, step, loss, rate, about["seconds"]))
+            if late and done < config.steps:
+                data.say("it ends here: since the learning rate began to fall, this machine has become slower")
+                config.steps = done  # `config` is what the checkpoint keeps
             if milestone:  # all processes compute it: the others would only wait
                 log[-1].update(held_out(ema, config, images, labels, device))
                 data.say(f"held-out loss {log[-1]['held_out']:.4f}")
@@ -238,7 +238,8 @@ def train(config, checkpoint, dataset, rank, world, device, signals=()):
         meet()  # wait for the one that saves: when one process ends by a signal, torchrun ends all
         dist.destroy_process_group()
     if done < config.steps:
-        data.say(f"stopped after step {done:,} and saved; the same command with --resume goes on")
+        how = "--resume, without --hours," if config.hours else "the same command with --resume"
+        data.say(f"stopped after step {done:,} and saved; {how} goes on")
         sys.exit(128 + stop)
     data.say(f"{time.perf_counter() - began:.0f} s; weights, log and pictures are in {out}/")
     return ema
@@ -344,11 +345,19 @@ def block_matrices(net):
     return names
 
 
-ENDLESS = 10**9  # --steps of a run by --hours, until its learning rate begins to fall
+ENDLESS = 10**12  # the steps of a run by --hours, until its learning rate begins to fall
 
 
 def cooldown_start(config):
     return config.steps - int(config.cooldown * config.steps)
+
+
+def steps_if_cooling_from(step, config):
+    """The least number of steps with which the cool-down does not start before this one."""
+    shortest = dataclasses.replace(config, steps=step + 1)
+    while cooldown_start(shortest) < step:
+        shortest.steps += 1
+    return shortest.steps
 
 
 def learning_rate(config, step):
@@ -365,11 +374,14 @@ PREVIEW_PICTURES, PREVIEW_STEPS, HELD_OUT_PICTURES = 16, 20, 200
 
 
 def report(config, step, loss, rate, seconds):
-    """Prints a line of progress, and returns it as a row of the log. rate: samples per second. seconds: spent so far."""
-    done, steps, left = step + 1, f"/{config.steps:,}", (config.steps - step - 1) * config.batch / rate
+    """Prints a line of progress, and returns it as a row of the log. rate: samples a second. seconds: spent so far."""
+    done = step + 1
     if config.steps == ENDLESS:
-        steps, left = "", config.hours * 3600 - seconds
-    data.say(f"step {done:>6,}{steps}  loss {loss:.4f}  {rate:,.0f} samples/s  ETA {timedelta(seconds=round(left))}")
+        of, left = "", config.hours * 3600 - seconds
+    else:
+        of, left = f"/{config.steps:,}", (config.steps - done) * config.batch / rate
+    left = timedelta(seconds=round(left))
+    data.say(f"step {done:>6,}{of}  loss {loss:.4f}  {rate:,.0f} samples/s  ETA {left}")
     return {"step": done, "loss": loss, "lr": learning_rate(config, step), "samples_s": rate}
 
 
@@ -502,9 +514,9 @@ PRESETS = {
                    batch=256, lr=2e-3, ema=0.999, report=200, preview=1000),
     "mnist, fashion, cifar10": dict(network="unet", cond="all", t_mean=-0.4, width=256, steps=2000, batch=64,
                                     warmup=100, ema=0.995, report=50, preview=500, patches=(8, 1, 1)),
-    # Real pictures vary more than the faces, so they get more of all: minutes up to 32 pixels, above that a night. Their
-    # runs are longer, and 3e-3 diverged after 3,100 steps of width 256: hence lower rates, and where steps are many, a
-    # decay that bounds what they add up to. (32 pixels were tuned on photographs; the others are set by that.)
+    # Real pictures vary more than the faces, so they get more of all: minutes up to 32 pixels, above that a night. At a
+    # rate of 3e-3 a run of width 256 diverged after 3,100 steps: hence lower rates, and where steps are many, weight
+    # decay, or the weights would grow without end. (Tuned on photographs at 32 pixels; the others are guesses from it.)
     "faces, up to 32": dict(patches=(8, 1, 1)),
     "pictures, up to 32": dict(width=256, steps=4000, lr=1.5e-3, ema=0.99, patches=(8, 1, 1)),
     "faces, laptop, up to 127": dict(steps=1200, ema=0.99, patches=(10, 5, 3)),
@@ -513,9 +525,9 @@ PRESETS = {
                              report=50, preview=500, patches=(10, 5, 3)),
     "gpu, up to 127": dict(width=384, depth=8, heads=6, batch=64, lr=1e-3, decay=0.1, steps=20_000, warmup=500,
                            ema=0.999, report=50, preview=1000, patches=(9, 8, 7)),
-    # At 256 pixels: JiT-B/16 (Li & He 2025), with overlapping patches, about 115M parameters. The paper's rate for a
-    # batch of B is 5e-5 B / 256, 2e-4 at its 1,024 and 2.5e-5 here; AdamW's usual square root of the ratio gives 7e-5.
-    # A guess: no GPU has compared them.
+    # At 256 pixels: JiT-B/16 (Li & He 2025), with overlapping patches, about 115M parameters. The paper's rate is 5e-5
+    # for each 256 samples of a batch: 2e-4 at its 1,024, and 2.5e-5 at 128. By the square root of the batch it is 7e-5
+    # here: a guess, nobody has compared them.
     "gpu": dict(width=768, depth=12, heads=12, optimizer="adamw", lr=7e-5, batch=128, steps=160_000, warmup=2000,
                 cooldown=0.0, ema=0.9999, report=50, preview=2000, patches=(21, 4, 3)),
 }
@@ -574,8 +586,8 @@ CHOICES = {"predict": ("x", "e", "v"), "target": ("x", "e", "v"), "path": fm.PAT
 PLACES = {"data": data.as_dataset, "root": data.as_absolute, "cache": data.as_path, "out": data.as_path}
 # The least and the most that a number may be, if not 1 and a billion (whole ones), or 0 and 1e38.
 LIMITS = {"res": (8, 10**4), "drop": (0, 0.99), "t_mean": (-10, 10), "ot": (0, 10**4), "width": (1, 10**5),
-          "lr": (1e-9, 1e38), "warmup": (0, 10**9), "cooldown": (0, 1), "clip": (1e-9, 1e38), "ema": (0, 1),
-          "seed": (0, 2**63 - 1)}
+          "hours": (1e-3, 10**4), "lr": (1e-9, 1e38), "warmup": (0, 10**9), "cooldown": (0, 1),
+          "clip": (1e-9, 1e38), "ema": (0, 1), "seed": (0, 2**63 - 1)}
 
 
 def parse_flags(argv):
@@ -616,9 +628,9 @@ def check(config):
     if (config.network == "mlp") != (config.data in data.POINTS):
         raise ValueError(f"--network {config.network} --data {config.data}: mlp is for points, transformer and unet "
                          f"are for pictures")
-    if config.hours and config.cooldown == 1:
-        raise ValueError("--hours with --cooldown 1: the rate cannot fall all the time when it is not known how many "
-                         "steps there will be: take less, such as 0.6")
+    if config.hours and (config.shortcut or config.cooldown == 1):
+        raise ValueError("--hours needs a time before the cool-down in which steps take as long as in it: not so with "
+                         "--cooldown 1, nor with --shortcut (use --steps)")
     if config.shortcut and cooldown_start(config) == config.steps:
         raise ValueError("--shortcut: shortcuts are learnt in the cool-down, and there is none: take more --steps, or "
                          "more --cooldown, such as 0.6")
@@ -642,10 +654,10 @@ MAY_CHANGE = "data root cache download steps hours lr device bf16 compile out re
 def resume(given, out):
     """(checkpoint, config) to go on with. config: the run's own, but for the given fields that may change.
 
-    It goes on from ckpt.pt; or, if --steps or --hours ask for more and the learning rate has begun to fall, from stable.pt, the
-    state from just before, and the end of the shorter run stays as ckpt-STEP.pt. So a run of k steps, extended to n,
-    gives what n steps at once give, to the bit on the same machine. (Flags such as --lr simply act from there on.)
-    --hours are added to those that were spent.
+    It goes on from ckpt.pt; or, if --steps or --hours ask for more and the learning rate has begun to fall, from
+    stable.pt, the state from just before, and the end of the shorter run stays as ckpt-STEP.pt. So a run of k steps,
+    extended to n, gives what n steps at once give, to the bit on the same machine. (Flags such as --lr simply act from
+    there on.) --hours are so many more than that checkpoint had spent.
     """
     _, checkpoint = model.load(out)
     was, done = vars(checkpoint["config"]), checkpoint["step"]
@@ -662,7 +674,10 @@ def resume(given, out):
     elif "steps" in given:
         given["hours"] = 0.0
     config = Config(**{**was, **given, "out": str(out)})
-    if done >= config.steps or config.steps < was["steps"] != ENDLESS:
+    if was["steps"] == ENDLESS and cooldown_start(config) < done:
+        raise ValueError(f"--steps {config.steps}: {out} is at step {done}, where the learning rate would already have "
+                         f"fallen: ask for --steps {steps_if_cooling_from(done, config)} or more")
+    if done >= config.steps or (config.steps < was["steps"] and was["steps"] != ENDLESS):
         raise ValueError(f"--steps {config.steps}: {out} is at step {done} of {was['steps']}; to train longer ask for "
                          f"more, such as --steps {2 * was['steps']}")
     if config.steps > was["steps"] and done > cooldown_start(checkpoint["config"]):
@@ -672,7 +687,12 @@ def resume(given, out):
         _, checkpoint = model.load(out / "stable.pt")
         checkpoint["keep_end_as"] = f"ckpt-{done}.pt"
     if given.get("hours"):
-        config.hours += checkpoint["seconds"] / 3600
+        spent = checkpoint["seconds"] / 3600
+        least = spent * config.cooldown / (1 - config.cooldown)
+        if given["hours"] < least:
+            raise ValueError(f"--hours {given['hours']}: {spent:.3g} were spent at a constant learning rate, so that "
+                             f"its fall takes {least:.3g}: ask for {1.1 * least:.3g} or more")
+        config.hours += spent
     return checkpoint, config
 
 
@@ -700,11 +720,11 @@ def start_processes(config):
 
 
 def keep_memory():
-    """Linux's C library gives large tensors that are freed back to the system, which then clears each page that the
-    next step asks for: up to a tenth of a CPU's step. This tells it to keep them."""
+    """When a large tensor is freed, Linux's C library returns its memory to the system. The next step asks for it
+    again, and the system clears each page: a tenth of a CPU's step. This tells the library to keep the memory."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems have no mallopt
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: take memory from the system directly only above this
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: what is larger is returned all the same. This is the most it takes
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give it back
 
 
@@ -761,14 +781,15 @@ def compiling_pays(config, device):
     steps take about two thirds of the time in bfloat16, where little is left but passes over memory; in float32 and
     for UNets nine tenths, which does not pay."""
     flop = config.steps * config.batch * flop_per_sample(network_sizes(config, label_count=0), sample.shape_of(config))
-    large = config.network == "transformer" and (config.hours > 0.1 if config.hours else flop > COMPILE_FLOP)
+    long = config.hours > 0.1 if config.hours else flop > COMPILE_FLOP  # six minutes win more than the one, too
+    large = config.network == "transformer" and long
     pays = device.type == "cuda" or (large and config.bf16 and model.has_bf16(device))
     why = "a GPU wins at once" if device.type == "cuda" else "a CPU wins in long runs of a transformer in bfloat16"
     data.say(f"compile: {'on' if pays else 'off'}, since {'' if pays else 'only '}{why} (--compile, --no-compile)")
     return pays
 
 
-def agree(received, seconds, world):
+def signal_and_time(received, seconds, world):
     """(the number of the signal that asked a process to stop, or 0; the seconds of the slowest): the same in all
     processes, so that all stop together."""
     both = torch.tensor([max(received, default=0), seconds], dtype=torch.float64)
