@@ -1400,6 +1400,10 @@ def test_a_run_by_hours_is_one_of_so_many_steps_in_time_and_more_hours_make_it_l
     assert Path("run/ckpt-11.pt").exists()
     trained_by(iter([*range(360, 2521, 360), 3500, 4500]), "--out slow")  # the machine becomes slow while it cools down
     assert state("slow")["step"] == 9 and state("slow")["log"][-1]["lr"] > 1e-4
+    stopped = state("slow", "stable.pt") | {"step": 8}  # as by Ctrl-C before the steps are known
+    stopped["config"]["steps"] = train.ENDLESS
+    torch.save(stopped, "slow/ckpt.pt")
+    refuses(capsys, "--steps 10 step 8 --steps 12", train_moons, "--steps 10 --out slow --resume")
     refuses(capsys, "--hours 0.4 1.1 0.733 0.807", train_moons, "--hours 0.4 --out run --resume")
     for flags in ("--cooldown 1", "--shortcut"):
         refuses(capsys, f"--hours {flags}", train_moons, f"--hours 1 {flags} --out refused")

@@ -782,8 +782,8 @@ def compiling_pays(config, device):
     for UNets nine tenths, which does not pay."""
     flop = config.steps * config.batch * flop_per_sample(network_sizes(config, label_count=0), sample.shape_of(config))
     long = config.hours > 0.1 if config.hours else flop > COMPILE_FLOP  # six minutes win more than the one, too
-    large = config.network == "transformer" and long
-    pays = device.type == "cuda" or (large and config.bf16 and model.has_bf16(device))
+    bf16 = config.bf16 and model.has_bf16(device)
+    pays = device.type == "cuda" or (config.network == "transformer" and bf16 and long)
     why = "a GPU wins at once" if device.type == "cuda" else "a CPU wins in long runs of a transformer in bfloat16"
     data.say(f"compile: {'on' if pays else 'off'}, since {'' if pays else 'only '}{why} (--compile, --no-compile)")
     return pays
