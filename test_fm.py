@@ -1,4 +1,4 @@
-"""What each part promises, in the order of the scripts. python -m pytest: less than two minutes on two cores.
+"""What each part promises, in the order of the scripts. python -m pytest: about two minutes on two cores.
 
 Each test holds a promise against something that does not share its code: a closed form, a brute-force search, scipy's
 distributions, torch's own layers, a second process. No network and no GPU are needed.
