@@ -348,6 +348,9 @@ def parse_label(text, checkpoint):
     return rows if text == "all" else rows.amax(dim=0, keepdim=True)
 
 
+COMPILE_FROM = 10_000  # samples; 32-pixel pictures win the half minute of compiling back with some 5,000
+
+
 def main(argv=None):
     args = parse_flags(argv)
     picture = hole = y = None
@@ -388,6 +391,9 @@ def main(argv=None):
     if args.interpolate:
         n, y = n * args.interpolate, None if y is None else y.repeat_interleave(args.interpolate, 0)
         columns = args.columns or args.interpolate  # a row from each noise to the next
+    if n >= COMPILE_FROM and model.compiles_well(config, device):
+        data.say("with so many samples compiling pays; it takes a while")
+        net = data.with_fallback(torch.compile(net), net)
     batches = draw_samples(net, config, args, n, y, picture, hole, device)
     if not args.fd:
         with data.refusing():

@@ -1775,6 +1775,17 @@ def test_several_processes_write_the_files_that_one_does(pets_run, monkeypatch, 
     assert one == three
 
 
+def test_a_compiled_network_draws_where_samples_are_many(pets_run, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    monkeypatch.setattr(model, "compiles_well", lambda config, device: True)
+    monkeypatch.setattr(sample, "COMPILE_FROM", 3)
+    two = sampled(pets_run)
+    assert not compiled
+    assert_allclose(sampled(pets_run, "--n 3")[:2], two, atol=1e-5)
+    assert len(compiled) == 1
+
+
 @parametrize("flags,unit", [("--n 6 --to x.npy", "samples"), ("--bpd 6", "samples"), ("--fd 6", "pictures")])
 def test_long_work_shows_how_much_is_done_and_how_long_the_rest_takes(flags, unit, pets_run, capsys, monkeypatch):
     """On a clock that moves six seconds at each look."""

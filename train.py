@@ -777,13 +777,10 @@ COMPILE_FLOP = 3e13  # of a run, from where on a CPU wins more than the minute t
 
 
 def compiling_pays(config, device):
-    """Does this run, counted from its first step, win by torch.compile? It says so. Measured on CPUs: transformers'
-    steps take about two thirds of the time in bfloat16, where little is left but passes over memory; in float32 and
-    for UNets nine tenths, which does not pay."""
+    """Does this run, counted from its first step, win by torch.compile? It says so."""
     flop = config.steps * config.batch * flop_per_sample(network_sizes(config, label_count=0), sample.shape_of(config))
     long = config.hours > 0.1 if config.hours else flop > COMPILE_FLOP  # six minutes win more than the one, too
-    bf16 = config.bf16 and model.has_bf16(device)
-    pays = device.type == "cuda" or (config.network == "transformer" and bf16 and long)
+    pays = model.compiles_well(config, device) and (device.type == "cuda" or long)
     why = "a GPU wins at once" if device.type == "cuda" else "a CPU wins in long runs of a transformer in bfloat16"
     data.say(f"compile: {'on' if pays else 'off'}, since {'' if pays else 'only '}{why} (--compile, --no-compile)")
     return pays
