@@ -1299,7 +1299,7 @@ def test_presets_fit_every_resolution_and_a_laptop_never_works_on_more_than_100_
     ("--preset laptop", 128, -0.5),
     ("--res 64 --device cpu", 128, -0.693),
     ("--res 256 --preset laptop", 256, -2.079),
-    ("--data pets --res 64 --preset laptop", 384, -0.693),
+    ("--data pets --res 64 --preset laptop", 256, -0.693),
     ("--data mnist", 32, -0.4),
     ("--data mnist --network transformer", 256, -0.4),
     ("--res 64", 384, -0.5),
