@@ -515,9 +515,9 @@ PRESETS = {
     "mnist, fashion, cifar10": dict(network="unet", cond="all", t_mean=-0.4, width=256, steps=2000, batch=64,
                                     warmup=100, ema=0.995, report=50, preview=500, patches=(8, 1, 1)),
     # Real pictures vary more than the faces, so they get more of all: on two cores that multiply in bfloat16 ten minutes
-    # up to 32 pixels, an hour at 64, an hour and a half at 256. At a rate of 3e-3 a run of width 256 diverged after 3,100
-    # steps: hence lower rates, and where steps are many, weight decay, or the weights would grow without end. (Tuned on
-    # photographs at 32 pixels; tried, but not compared with others, at 64 and 256.)
+    # up to 32 pixels, about an hour at 64, an hour and a half at 256. At a rate of 3e-3 a run of width 256 diverged after
+    # 3,100 steps: hence lower rates, and where steps are many, weight decay, or the weights would grow without end. (Tuned
+    # on photographs at 32 pixels, by one seed each; tried, but not compared with others, at 64 and 256.)
     "faces, up to 32": dict(patches=(8, 1, 1)),
     "pictures, up to 32": dict(width=256, steps=4000, lr=1.5e-3, ema=0.99, patches=(8, 1, 1)),
     "faces, laptop, up to 127": dict(steps=1200, ema=0.99, patches=(10, 5, 3)),
