@@ -514,12 +514,15 @@ PRESETS = {
                    batch=256, lr=2e-3, ema=0.999, report=200, preview=1000),
     "mnist, fashion, cifar10": dict(network="unet", cond="all", t_mean=-0.4, width=256, steps=2000, batch=64,
                                     warmup=100, ema=0.995, report=50, preview=500, patches=(8, 1, 1)),
-    # Real pictures vary more than the faces, so they get more of all: on two cores that multiply in bfloat16 ten minutes
-    # up to 32 pixels, about an hour at 64, an hour and a half at 256. At a rate of 3e-3 a run of width 256 diverged after
-    # 3,100 steps: hence lower rates, and where steps are many, weight decay, or the weights would grow without end. (Tuned
-    # on photographs at 32 pixels, by one seed each; tried, but not compared with others, at 64 and 256.)
+    # Real pictures vary more than the faces, so they get more of all: on two cores that multiply in bfloat16 ten to 13
+    # minutes up to 32 pixels, about an hour at 64, an hour and a half at 256. At a rate of 3e-3 a run of width 256
+    # diverged after 3,100 steps: hence lower rates, and where steps are many, weight decay, or the weights would grow
+    # without end. (Tuned on photographs of faces at 32 and 64 pixels, by one seed each; tried, but not compared with
+    # others, at 256. In equal time --fd 600 was, at 32 pixels, 3.1 times with patches of 4 pixels side by side, 2.5
+    # with these that overlap; at 64 pixels 1.9 with these, 2.0 with --ot, 2.5 with --patch 8 --stride 4, 3.0 with
+    # --t-mean -1.2.)
     "faces, up to 32": dict(patches=(8, 1, 1)),
-    "pictures, up to 32": dict(width=256, steps=4000, lr=1.5e-3, ema=0.99, patches=(8, 1, 1)),
+    "pictures, up to 32": dict(width=256, steps=3000, lr=1.5e-3, ema=0.99, patches=(10, 5, 3)),
     "faces, laptop, up to 127": dict(steps=1200, ema=0.99, patches=(10, 5, 3)),
     "faces, laptop": dict(width=256, steps=900, ema=0.99, preview=300, patches=(10, 5, 3)),
     "pictures, laptop": dict(width=256, depth=6, lr=1e-3, decay=0.1, steps=13_000, warmup=100, ema=0.999, report=50,
@@ -586,7 +589,7 @@ CHOICES = {"predict": ("x", "e", "v"), "target": ("x", "e", "v"), "path": fm.PAT
            "attention": model.ATTENTION, "optimizer": ("muon", "adamw"), "preset": ("auto", "laptop", "gpu")}
 PLACES = {"data": data.as_dataset, "root": data.as_absolute, "cache": data.as_path, "out": data.as_path}
 # The least and the most that a number may be, if not 1 and a billion (whole ones), or 0 and 1e38.
-LIMITS = {"res": (8, 10**4), "drop": (0, 0.99), "t_mean": (-10, 10), "ot": (0, 10**4), "width": (1, 10**5),
+LIMITS = {"res": (11, 10**4), "drop": (0, 0.99), "t_mean": (-10, 10), "ot": (0, 10**4), "width": (1, 10**5),
           "hours": (1e-3, 10**4), "lr": (1e-9, 1e38), "warmup": (0, 10**9), "cooldown": (0, 1),
           "clip": (1e-9, 1e38), "ema": (0, 1), "seed": (0, 2**63 - 1)}
 
