@@ -588,7 +588,8 @@ CHOICES = {"predict": ("x", "e", "v"), "target": ("x", "e", "v"), "path": fm.PAT
            "times": ("logit-normal", "uniform"), "network": model.NETWORKS, "norm": model.NORMS,
            "attention": model.ATTENTION, "optimizer": ("muon", "adamw"), "preset": ("auto", "laptop", "gpu")}
 PLACES = {"data": data.as_dataset, "root": data.as_absolute, "cache": data.as_path, "out": data.as_path}
-# The least and the most that a number may be, if not 1 and a billion (whole ones), or 0 and 1e38.
+# The least and the most that a number may be, if not 1 and a billion (whole ones), or 0 and 1e38. (A grid of 10 by 10
+# overlapping patches, as in PRESETS, needs 11 pixels a side.)
 LIMITS = {"res": (11, 10**4), "drop": (0, 0.99), "t_mean": (-10, 10), "ot": (0, 10**4), "width": (1, 10**5),
           "hours": (1e-3, 10**4), "lr": (1e-9, 1e38), "warmup": (0, 10**9), "cooldown": (0, 1),
           "clip": (1e-9, 1e38), "ema": (0, 1), "seed": (0, 2**63 - 1)}
